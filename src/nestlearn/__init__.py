@@ -1,0 +1,66 @@
+"""nestlearn: models that keep learning. Nested Learning and Hope for PyTorch.
+
+``import nestlearn as nl`` gives
+
+- ``nl.Level``, ``nl.Clock``, ``nl.NestedSystem``: who is updated when (SPEC §1);
+- ``nl.nn``: sequence layers that learn while they read, ``y, state = layer(x, state)``;
+- ``nl.optim``: optimizers whose levels are visible;
+- ``nl.HopeConfig``, ``nl.HopeModel``, ``nl.HopeForCausalLM``: Hope as a Hugging Face model, known
+  to ``AutoConfig`` and ``AutoModelForCausalLM`` as ``model_type="hope"``.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import PurePath
+from typing import TYPE_CHECKING
+
+from nestlearn._lazy import lazy_exports
+
+if TYPE_CHECKING:
+    from nestlearn import nn, optim
+    from nestlearn.levels.clock import Clock
+    from nestlearn.levels.level import Level
+    from nestlearn.levels.system import NestedSystem
+    from nestlearn.models.hope import HopeConfig, HopeForCausalLM, HopeModel
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Clock",
+    "HopeConfig",
+    "HopeForCausalLM",
+    "HopeModel",
+    "Level",
+    "NestedSystem",
+    "__version__",
+    "nn",
+    "optim",
+]
+
+__getattr__, __dir__ = lazy_exports(
+    __name__,
+    {
+        "Clock": "nestlearn.levels.clock",
+        "Level": "nestlearn.levels.level",
+        "NestedSystem": "nestlearn.levels.system",
+        "HopeConfig": "nestlearn.models.hope",
+        "HopeModel": "nestlearn.models.hope",
+        "HopeForCausalLM": "nestlearn.models.hope",
+        "nn": "nestlearn.nn",
+        "optim": "nestlearn.optim",
+    },
+)
+
+
+def _started_as_command() -> bool:
+    """Whether this process is the ``nestlearn`` command (or ``python -m nestlearn``)."""
+    started = PurePath(sys.argv[0]).stem if getattr(sys, "argv", None) else ""
+    return started in ("nestlearn", "-m")
+
+
+# AutoModelForCausalLM.from_pretrained(folder) must know Hope as soon as nestlearn is imported. That
+# imports torch and transformers (two seconds), so the command line, whose --help must be quick,
+# leaves it to the sub-commands that load models.
+if not _started_as_command():
+    import nestlearn.models.hope  # noqa: F401
