@@ -1,0 +1,118 @@
+"""The sequence layers a block can be built with, by name.
+
+A mixer is ``nn.Module`` with ``forward(x, state=None, mask=None) -> (y, state)`` and
+``init_state(batch_size)``. Hope, Hope-Attention and every baseline differ only in the mixer, so a
+comparison is one flag. Layers are imported when they are built.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+NEURAL_MEMORY_PRESETS = (
+    "linear_attention",
+    "retnet",
+    "deltanet",
+    "gated_deltanet",
+    "ttt_linear",
+    "ttt_mlp",
+    "titans",
+    "dla",
+    "atlas",
+    "moneta",
+    "yaad",
+    "memora",
+)
+
+
+def _self_modifying(config: Any) -> nn.Module:
+    from nestlearn.nn.self_modifying import SelfModifyingTitans
+
+    return SelfModifyingTitans(
+        config.hidden_size,
+        config.num_attention_heads,
+        memory_depth=config.memory_depth,
+        memory_width=config.memory_width,
+        memory_chunk=config.memory_chunk,
+        projection_chunk=config.projection_chunk,
+        objective=config.memory_objective,
+        readout=config.memory_readout,
+        rule=config.memory_rule,
+        momentum=config.memory_momentum,
+        weight_decay=config.memory_weight_decay,
+        adaptive=tuple(config.memory_adaptive),
+        eta_max=config.eta_max,
+        conv_size=config.conv_size,
+    )
+
+
+def _attention(config: Any) -> nn.Module:
+    from nestlearn.nn.attention import CausalSelfAttention
+
+    return CausalSelfAttention(
+        config.hidden_size,
+        config.num_attention_heads,
+        rope_theta=config.rope_theta,
+        max_position_embeddings=config.max_position_embeddings,
+        window=config.sliding_window,
+    )
+
+
+def _neural_memory(preset: str) -> Callable[[Any], nn.Module]:
+    def build(config: Any) -> nn.Module:
+        from nestlearn.nn.neural_memory import NeuralMemory
+
+        return NeuralMemory(
+            config.hidden_size,
+            config.num_attention_heads,
+            preset=preset,
+            chunk=config.memory_chunk,
+            conv_size=config.conv_size,
+        )
+
+    return build
+
+
+MIXERS: dict[str, Callable[[Any], nn.Module]] = {
+    "self_modifying": _self_modifying,
+    "attention": _attention,
+    **{name: _neural_memory(name) for name in NEURAL_MEMORY_PRESETS},
+}
+
+
+def default_chunk(name: str) -> int:
+    """Tokens per write that the literature (or SPEC §5) uses for a mixer."""
+    if name not in NEURAL_MEMORY_PRESETS:
+        return 64
+    from nestlearn.nn.presets import get_spec
+
+    return get_spec(name).chunk
+
+
+def check_mixer(name: str) -> None:
+    """Raise a ``ValueError`` that lists the mixers (and the nearest) if ``name`` is none."""
+    if name in MIXERS:
+        return
+    near = difflib.get_close_matches(str(name), MIXERS, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"unknown mixer {name!r}; choose one of {', '.join(MIXERS)}{hint}")
+
+
+def build_mixer(name: str, config: Any) -> nn.Module:
+    """Build the mixer ``name`` in the size that ``config`` (a ``HopeConfig``) describes.
+
+    Raises:
+        ValueError: no mixer has this name.
+
+    Example:
+        >>> import torch
+        >>> from nestlearn.models.hope import HopeConfig
+        >>> layer = build_mixer("attention", HopeConfig.preset("tiny"))
+        >>> y, state = layer(torch.randn(1, 3, 64))
+    """
+    check_mixer(name)
+    return MIXERS[name](config)

@@ -1,0 +1,196 @@
+"""Memories that generate their own targets and are written by delta gradient descent (SPEC §5).
+
+A *group* is N memories per head with the same key stream. Memory n is ``M_n(x)`` of
+`nestlearn.memory.structures`, weights ``(B, H, N, out, in)`` per layer. Tokens are columns here,
+``(B, H, d, C)``: the first layers of all memories then are one tall matrix, and one matrix product,
+one Gram matrix and one factorisation serve the whole group.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from nestlearn.nn.pointwise import silu_and_slope, unit
+from nestlearn.rules.chunk import ChunkWrite, dgd_chunk, gradient_chunk, proximal
+from nestlearn.rules.dgd_write import ChunkDecay, dgd_write
+
+Tensors = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class WriteRule:
+    """How a group is written.
+
+    Attributes:
+        objective: ``"dot"``: ``-<M(k), v̂>`` or ``"l2"``: ``1/2 ||M(k) - v̂||^2``.
+        delta: True: ``M (alpha I - eta' a a^T) - eta' g a^T`` (DGD, Eq. 88); False: gradient
+            descent, ``alpha M - eta' g a^T``.
+    """
+
+    objective: str = "dot"
+    delta: bool = True
+
+
+def respond(weights: Tensors, x: Tensor) -> Tensor:
+    """``M_n(x)`` of every memory: ``x (B, H, d, C) -> (B, H, N, d, C)`` (Eq. 89, columns)."""
+    y = _first(weights[0], x)
+    if len(weights) == 1:
+        return y
+    for w in weights[1:]:
+        y = w @ F.silu(y)
+    return x.unsqueeze(2) + y
+
+
+def _first(weight: Tensor, x: Tensor) -> Tensor:
+    batch, heads, count, out, width = weight.shape
+    flat = weight.reshape(batch, heads, count * out, width) @ x
+    return flat.view(batch, heads, count, out, x.shape[-1])
+
+
+def inner_gradients(
+    rule: WriteRule, weights: Tensors, keys: Tensor, values: Tensor
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Gradients of every memory's objective at the chunk's initial weights (Eq. 84-87, 90-92).
+
+    Each memory makes its own target ``v̂ = M(v)`` (normalised); its objective is taken at ``M(k)`` and
+    backpropagated through the memory by hand.
+
+    Args:
+        rule: which objective.
+        weights: layer by layer ``(B, H, N, out, in)``.
+        keys, values: ``(B, H, C, d)``, of norm 1.
+
+    Returns:
+        Per layer: inputs ``(…, in, C)``, gradients at the output ``(…, out, C)``, and responses
+        ``W a (…, out, C)``; the first layer's input is the key itself, ``(B, H, d, C)``.
+    """
+    k = keys.mT
+    inputs, slopes = [k], []
+    responses = [_first(weights[0], k)]
+    for w in weights[1:]:
+        h, slope = silu_and_slope(responses[-1])
+        inputs.append(h)
+        slopes.append(slope)
+        responses.append(w @ h)
+    grad = -unit(respond(weights, values.mT), -2)
+    if rule.objective == "l2":
+        grad = grad + responses[-1]
+        if len(weights) > 1:
+            grad = grad + k.unsqueeze(2)
+    grads = [grad]
+    for w, slope in zip(reversed(weights[1:]), reversed(slopes), strict=True):
+        grads.append((w.mT @ grads[-1]) * slope)
+    grads.reverse()
+    return inputs, grads, responses
+
+
+def write(
+    rule: WriteRule,
+    weights: Tensors,
+    keys: Tensor,
+    values: Tensor,
+    eta: Tensor,
+    alpha: Tensor,
+) -> Tensors:
+    """The weights after one chunk of DGD without momentum: the hot path of `chunk_writes`."""
+    inputs, grads, responses = inner_gradients(rule, weights, keys, values)
+    decay = ChunkDecay.from_alpha(alpha)
+    # All first layers read the key: one tall memory (B, H, N out, d), one factorisation.
+    first = dgd_write(
+        _tall(weights[0]),
+        inputs[0],
+        _tall(grads[0]),
+        _tall(responses[0]),
+        eta,
+        decay,
+    )
+    new = [first.view_as(weights[0])]
+    eta, decay = eta.unsqueeze(2), decay.unsqueeze(2)
+    for w, a, g, r in zip(weights[1:], inputs[1:], grads[1:], responses[1:], strict=True):
+        new.append(dgd_write(w, a, g, r, eta, decay))
+    return tuple(new)
+
+
+def chunk_writes(
+    rule: WriteRule,
+    weights: Tensors,
+    momenta: Tensors,
+    keys: Tensor,
+    values: Tensor,
+    eta: Tensor,
+    alpha: Tensor,
+    beta: Tensor | None,
+) -> list[ChunkWrite]:
+    """One chunk of self-referential writes to all memories of a group (Eq. 84-88, 90-93).
+
+    Args:
+        rule: objective and kind of write.
+        weights: layer by layer ``(B, H, N, out, in)``.
+        momenta: like ``weights``, or empty.
+        keys, values: ``(B, H, C, d)``, of norm 1.
+        eta, alpha: ``(B, H, C)``.
+        beta: momentum decay ``(B, H, C)``; needed with ``momenta``.
+
+    Returns:
+        The write of every layer; the first layers of all memories are one tall ``(B, H, N out, d)``.
+    """
+    inputs, grads, responses = inner_gradients(rule, weights, keys, values)
+    writes = []
+    for layer, (w, a, g, r) in enumerate(zip(weights, inputs, grads, responses, strict=True)):
+        s = momenta[layer] if momenta else None
+        gates = (eta, alpha, beta)
+        if layer == 0:
+            w, g, r, s = _tall(w), _tall(g), _tall(r), None if s is None else _tall(s)
+        else:
+            gates = tuple(None if t is None else t.unsqueeze(2) for t in gates)
+        writes.append(_write_layer(rule, w, s, a.mT, g.mT, r.mT, *gates))
+    return writes
+
+
+def finish_write(
+    writes: list[ChunkWrite], weights: Tensors
+) -> tuple[Tensors, Tensors]:
+    """Weights and momenta after a chunk, in the shapes of ``weights``."""
+    new = tuple(c.memory.view_as(w) for c, w in zip(writes, weights, strict=True))
+    momenta = tuple(
+        c.momentum.view_as(w)
+        for c, w in zip(writes, weights, strict=True)
+        if c.momentum is not None
+    )
+    return new, momenta
+
+
+def respond_per_token(writes: list[ChunkWrite], x: Tensor) -> Tensor:
+    """``M_t(x_t)`` of a group of one memory, each token after its own write: rows ``(B, H, C, d)``."""
+    y = writes[0].read(x)
+    if len(writes) == 1:
+        return y
+    for chunk in writes[1:]:
+        y = chunk.read(F.silu(y).unsqueeze(2)).squeeze(2)
+    return x + y
+
+
+def _tall(t: Tensor) -> Tensor:
+    """``(B, H, N, out, .) -> (B, H, N out, .)``."""
+    return t.reshape(*t.shape[:2], -1, t.shape[-1])
+
+
+def _write_layer(
+    rule: WriteRule,
+    weight: Tensor,
+    momentum: Tensor | None,
+    inputs: Tensor,
+    grad: Tensor,
+    response: Tensor,
+    eta: Tensor,
+    alpha: Tensor,
+    beta: Tensor | None,
+) -> ChunkWrite:
+    """One layer; ``inputs (..., C, in)``, ``grad`` and ``response (..., C, out)``."""
+    step = proximal(eta, inputs)
+    if not rule.delta:
+        return gradient_chunk(weight, inputs, grad, step, alpha, S=momentum, beta=beta)
+    return dgd_chunk(weight, inputs, grad, step, alpha, S=momentum, beta=beta, response=response)
