@@ -1,0 +1,82 @@
+"""HopeConfig: validation, presets, parameter counts."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from transformers import AutoConfig
+
+from nestlearn.models.hope import HopeConfig, HopeForCausalLM
+
+NOMINAL = {"tiny": 0.13e6, "small": 1.0e6, "140m": 140e6, "760m": 760e6, "1.3b": 1.3e9}
+
+
+@pytest.mark.parametrize("name", list(NOMINAL))
+@pytest.mark.parametrize("mixer", ["self_modifying", "attention", "gated_deltanet", "ttt_mlp"])
+def test_presets_have_their_size_with_any_mixer(name, mixer):
+    with torch.device("meta"):
+        model = HopeForCausalLM(HopeConfig.preset(name, mixer=mixer))
+    count = sum(p.numel() for p in model.parameters())
+    assert abs(count / NOMINAL[name] - 1) < 0.03
+    assert sum(model.num_parameters_by_part().values()) == count
+
+
+def test_preset_overrides_keep_the_proportions():
+    wide = HopeConfig.preset("small", mixer="attention", hidden_size=256)
+    ratio = HopeConfig.preset("small", mixer="attention").intermediate_size / 128
+    assert wide.intermediate_size / 256 == pytest.approx(ratio, rel=0.02)
+    assert (
+        HopeConfig.preset("tiny", mixer="attention", intermediate_size=40).intermediate_size == 40
+    )
+    assert HopeConfig.preset("tiny", mixer="attention", vocab_size=5_000).bos_token_id is None
+
+
+@pytest.mark.parametrize(
+    "settings, said",
+    [
+        ({"hiden_size": 3}, "hidden_size"),
+        ({"temperature": 0.5}, "temperature"),
+        ({"mixer": "atention"}, "attention"),
+        ({"hidden_size": 30}, "num_attention_heads"),
+        ({"cms_periods": []}, "cms_periods"),
+        ({"cms_periods": [4, 1]}, "fastest"),
+        ({"cms_kind": "parallel"}, "sequential"),
+        ({"memory_objective": "l1"}, "dot"),
+        ({"memory_adaptive": ["k", "z"]}, "memory_adaptive"),
+        ({"eta_max": float("inf")}, "eta_max"),
+        ({"memory_chunk": 0}, "memory_chunk"),
+        ({"memory_momentum": 1}, "memory_momentum"),
+        ({"hidden_act": "sillu"}, "hidden_act"),
+        ({"mixer": "titans", "memory_depth": 3}, "belongs to 'self_modifying'"),
+        ({"sliding_window": 8}, "belongs to 'attention'"),
+        ({"vocab_size": 10, "pad_token_id": 10}, "vocabulary"),
+        ({"num_hidden_layers": 2.0}, "num_hidden_layers"),
+    ],
+)
+def test_mistakes_are_named(settings, said):
+    with pytest.raises(ValueError, match=said):
+        HopeConfig(**settings)
+
+
+def test_unknown_preset_lists_the_known():
+    with pytest.raises(ValueError, match="tiny, small, 140m"):
+        HopeConfig.preset("huge")
+
+
+def test_round_trip_and_auto(tmp_path):
+    config = HopeConfig.preset("small", mixer="attention", cms_periods=[1, 8], sliding_window=9)
+    config.save_pretrained(tmp_path)
+    loaded = AutoConfig.from_pretrained(tmp_path)
+    assert isinstance(loaded, HopeConfig)
+    ours = list(HopeConfig.__annotations__)
+    assert {k: getattr(loaded, k) for k in ours} == {k: getattr(config, k) for k in ours}
+
+
+def test_a_key_from_another_version_is_refused(tmp_path):
+    HopeConfig.preset("tiny", mixer="attention").save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "memory_depht": 3}))
+    with pytest.raises(ValueError, match="memory_depth"):
+        HopeConfig.from_pretrained(tmp_path)
