@@ -278,7 +278,7 @@ def state_bytes(value: Any) -> tuple[int, int]:
 
 
 def _plain(value: Any) -> Any:
-    """JSON types only; NaN and infinities become strings, so that they are seen and not invalid."""
+    """JSON types only; NaN and infinities become strings, so that they are seen and valid."""
     if isinstance(value, dict):
         return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
@@ -287,6 +287,9 @@ def _plain(value: Any) -> Any:
         return _relative(value)
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
+    if isinstance(value, str):  # messages name files: keep this machine's folders out
+        for folder, name in ((ROOT, "."), (Path(sys.prefix), "<environment>"), (Path.home(), "~")):
+            value = value.replace(f"{folder}/", f"{name}/")
     return value
 
 

@@ -60,6 +60,7 @@ def test_the_record_is_complete_and_plain_json(tmp_path: Path) -> None:
     path = tmp_path / "r.json"
     results = Results(path, "q", {"file": ROOT / "src"}, seeds=(3,), threads=2)
     results.add("a", {"loss": math.nan, "worst": math.inf, "by": {1: (2.0,)}})
+    results.add("b", {"error": f"ImportError: no x in {ROOT}/src/y.py"})
     results.summarise({"ok": True})
     record = json.loads(path.read_text(), parse_constant=lambda c: pytest.fail(f"{c} in JSON"))
     hardware = record["hardware"]

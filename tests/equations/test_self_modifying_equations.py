@@ -1,5 +1,6 @@
-"""Self-modifying Titans against an independent statement of SPEC §5: a loop over tokens in which the
-inner gradients come from torch.autograd on the stated objective, in float64, values and gradients."""
+"""Self-modifying Titans against an independent statement of SPEC §5: a loop over tokens in which
+the inner gradients come from torch.autograd on the stated objective; float64, values and gradients.
+"""
 
 from __future__ import annotations
 
@@ -105,7 +106,7 @@ def oracle(layer, x):
         [(padded[:, t : t + layer.conv_size].mT * kernel).sum(-1) for t in range(x.shape[1])], 1
     )
     parts = layer.in_proj(conv).split(DIM, -1)
-    streams = dict(zip([*layer.streams, "gate"], parts, strict=True))
+    streams = dict(zip(["k", "v", "q", "gate"], parts, strict=True))
     group, main = layer.projections, layer.memory
     rows = []
     for b in range(len(x)):
@@ -117,20 +118,20 @@ def oracle(layer, x):
             if group is not None:
                 gbeta = None if beta is None else group.momentum_logit[h].sigmoid()
                 for n, role in enumerate(group.roles):
-                    weights = [w[h, n] for w in group.initial]
+                    weights = [w[h, n] for w in group.initial_weights(x.dtype)]
                     memories[role] = Memory(weights, group, gbeta)
-            memory = Memory([w[h, 0] for w in main.initial], main, beta)
+            memory = Memory([w[h, 0] for w in main.initial_weights(x.dtype)], main, beta)
             outs = []
             for t in range(x.shape[1]):
                 raw = {}
                 for role in ("k", "v", "q"):
                     if role in memories:
-                        raw[role] = answer(memories[role].start, unit(streams["x"][b, t, cut]))
+                        raw[role] = answer(memories[role].start, unit(streams[role][b, t, cut]))
                     else:
                         raw[role] = streams[role][b, t, cut]
                 for role in ("eta", "alpha"):
                     if role in memories:
-                        y = answer(memories[role].start, unit(streams["x"][b, t, cut]))
+                        y = answer(memories[role].start, unit(streams["k"][b, t, cut]))
                         raw[role] = group.readout[role][h] @ y
                     elif role in layer.fixed_scalars:
                         fixed = layer.scalar_proj(conv[b, t])

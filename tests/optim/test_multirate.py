@@ -82,8 +82,10 @@ def test_level_that_is_not_due_does_no_optimizer_work() -> None:
     optimizer = MultiRate(groups_of(model), inner=ADAMW)
     calls = {name: 0 for name in optimizer.levels}
     for name, level in optimizer.levels.items():
+
         def count(*_, name=name):
             calls[name] += 1
+
         level.optimizer.register_step_post_hook(count)
     before = model[1].weight.clone()
     run(model, optimizer, range(1, 4))
@@ -145,7 +147,9 @@ def test_state_dict_has_torch_layout_and_survives_torch_save(tmp_path) -> None:
     loaded = torch.load(tmp_path / "o.pt", weights_only=True)
     other = MultiRate(groups_of(model), inner=ADAMW)
     other.load_state_dict(loaded)
-    assert torch.equal(other.state[model[1].weight]["accumulated"], state["state"][2]["accumulated"])
+    assert torch.equal(
+        other.state[model[1].weight]["accumulated"], state["state"][2]["accumulated"]
+    )
 
 
 @pytest.mark.parametrize("make", [

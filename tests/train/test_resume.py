@@ -61,7 +61,9 @@ def test_interrupted_run_equals_straight_run(make, tmp_path: Path, stop: int, se
     assert first.losses + result.losses == expected.losses
     assert (result.val_loss, result.best) == (expected.val_loss, expected.best)
     assert_same_state(second, straight)
-    saved = [load_file(tmp_path / run / "final" / "model.safetensors") for run in ("run", "straight")]
+    saved = [
+        load_file(tmp_path / run / "final" / "model.safetensors") for run in ("run", "straight")
+    ]
     assert all(torch.equal(saved[0][k], saved[1][k]) for k in saved[1])
     logs = [read_log(tmp_path / run) for run in ("run", "straight")]
     for log in logs:

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 class CausalConv(nn.Module):
     """Depthwise causal convolution with an explicit history.
 
-    ``y_t[c] = sum_j w[c, W-1-j] x_{t-j}[c]`` for j = 0 … W-1 (SPEC §5: window W = 4). It starts as the
-    identity plus a little noise, so that an untrained layer sees its own token first.
+    ``y_t[c] = sum_j w[c, W-1-j] x_{t-j}[c]`` for j = 0 … W-1 (SPEC §5: window W = 4). It
+    starts as the identity plus a little noise: an untrained layer sees its own token first.
 
     Args:
         dim: channels D.

@@ -17,7 +17,7 @@ def unit(x: Tensor, dim: int = -1) -> Tensor:
 
 class _Unit(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, dim: int) -> Tensor:  # type: ignore[override]
+    def forward(ctx, x: Tensor, dim: int) -> Tensor:
         scale = torch.rsqrt(x.square().sum(dim, keepdim=True) + 1e-6)
         y = x * scale
         ctx.save_for_backward(y, scale)
@@ -25,7 +25,7 @@ class _Unit(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[override]
+    def backward(ctx, grad: Tensor):
         y, scale = ctx.saved_tensors
         along = (grad * y).sum(ctx.dim, keepdim=True)
         return torch.addcmul(grad, y, along.expand_as(y), value=-1) * scale, None
@@ -38,7 +38,7 @@ def silu_and_slope(z: Tensor) -> tuple[Tensor, Tensor]:
 
 class _SiluAndSlope(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, z: Tensor):  # type: ignore[override]
+    def forward(ctx, z: Tensor):
         gate = torch.sigmoid(z)
         value = z * gate
         slope = torch.addcmul(gate + value, value, gate, value=-1)
@@ -46,7 +46,7 @@ class _SiluAndSlope(torch.autograd.Function):
         return value, slope
 
     @staticmethod
-    def backward(ctx, g_value: Tensor, g_slope: Tensor):  # type: ignore[override]
+    def backward(ctx, g_value: Tensor, g_slope: Tensor):
         z, gate, slope = ctx.saved_tensors
         # slope' = s (1 - s) (2 + z (1 - 2 s)) with s = sigmoid(z)
         curve = (1 - 2 * gate).mul_(z).add_(2).mul_(gate).mul_(1 - gate)
@@ -57,14 +57,15 @@ def guard_rows(weight: Tensor, bound: Tensor) -> Tensor:
     """Scale rows of ``weight (..., out, in)`` down to norm ``bound (..., out, 1)`` at most.
 
     Keys, values and targets are of norm 1 and steps are proximal, so rows rarely get there; with
-    the guard a memory is bounded for any input and any length (FINDINGS §1). ``bound`` is a constant.
+    the guard a memory is bounded for any input and any length (FINDINGS §1). No gradient flows
+    to ``bound``.
     """
     return _GuardRows.apply(weight, bound)
 
 
 class _GuardRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, weight: Tensor, bound: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx, weight: Tensor, bound: Tensor) -> Tensor:
         norm = torch.linalg.vector_norm(weight, dim=-1, keepdim=True)
         scale = bound / torch.maximum(norm, bound)
         out = weight * scale
@@ -72,7 +73,7 @@ class _GuardRows(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[override]
+    def backward(ctx, grad: Tensor):
         out, scale, norm = ctx.saved_tensors
         # Clipped rows lose the part of the gradient along themselves: out = bound * w / ||w||.
         along = (grad * out).sum(-1, keepdim=True) / (scale * norm).square().clamp(min=1e-30)

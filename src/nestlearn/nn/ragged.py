@@ -64,7 +64,8 @@ def run_ragged(
         raise ValueError(f"mask {tuple(mask.shape)} does not fit x {tuple(x.shape)}")
     if state is not None and state.batch_size != batch:
         raise ValueError(
-            f"state has {state.batch_size} rows and x has {batch}; select rows with state.index(...)"
+            f"state has {state.batch_size} rows and x has {batch}; select rows with "
+            "state.index(...)"
         )
     spans = [(0, length)] * batch if mask is None else padding_spans(mask)
     positions = (0,) * batch if state is None else state.position

@@ -63,6 +63,8 @@ def scan(
             outputs, memory = checkpoint(
                 _whole_chunks, cell, memory, segment, use_reentrant=False, preserve_rng_state=False
             )
+        elif length == chunk and fill == 0 and not state.frozen:
+            outputs, memory = _step(cell, memory, segment)
         else:
             outputs, written = cell.read(memory, segment, pending)
             if not state.frozen:
@@ -90,10 +92,17 @@ def _whole_chunks(cell: Cell, memory: Tensors, inputs: Tensors) -> tuple[Tensors
     pieces = []
     count = inputs[0].shape[TOKENS] // cell.chunk
     for segment in _split(inputs, [cell.chunk] * count):
-        outputs, written = cell.read(memory, segment, ())
-        memory = cell.write(memory, written)
+        outputs, memory = _step(cell, memory, segment)
         pieces.append(outputs)
     return tuple(torch.cat(p, TOKENS) for p in zip(*pieces, strict=True)), memory
+
+
+def _step(cell: Cell, memory: Tensors, inputs: Tensors) -> tuple[Tensors, Tensors]:
+    """One whole chunk; a cell with a ``step`` of its own shares work between read and write."""
+    if hasattr(cell, "step"):
+        return cell.step(memory, inputs)
+    outputs, written = cell.read(memory, inputs, ())
+    return outputs, cell.write(memory, written)
 
 
 def _segment_sizes(total: int, chunk: int, fill: int, group: int) -> list[int]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nestlearn.nn.pointwise import silu_and_slope, unit
 from nestlearn.rules.chunk import ChunkWrite, dgd_chunk, gradient_chunk, proximal
-from nestlearn.rules.dgd_write import ChunkDecay, dgd_write
+from nestlearn.rules.dgd_write import ChunkDecay, dgd_write, read_per_token
 
 Tensors = tuple[Tensor, ...]
 
@@ -35,13 +35,21 @@ class WriteRule:
 
 
 def respond(weights: Tensors, x: Tensor) -> Tensor:
-    """``M_n(x)`` of every memory: ``x (B, H, d, C) -> (B, H, N, d, C)`` (Eq. 89, columns)."""
-    y = _first(weights[0], x)
+    """``M_n(x)`` of every memory (Eq. 89), columns.
+
+    Args:
+        weights: layer by layer ``(B, H, N, out, in)``.
+        x: the same for all memories ``(B, H, d, C)``, or one for each ``(B, H, N, d, C)``.
+
+    Returns:
+        ``(B, H, N, d, C)``.
+    """
+    y = _first(weights[0], x) if x.ndim == 4 else weights[0] @ x
     if len(weights) == 1:
         return y
     for w in weights[1:]:
         y = w @ F.silu(y)
-    return x.unsqueeze(2) + y
+    return (x.unsqueeze(2) if x.ndim == 4 else x) + y
 
 
 def _first(weight: Tensor, x: Tensor) -> Tensor:
@@ -55,8 +63,8 @@ def inner_gradients(
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """Gradients of every memory's objective at the chunk's initial weights (Eq. 84-87, 90-92).
 
-    Each memory makes its own target ``v̂ = M(v)`` (normalised); its objective is taken at ``M(k)`` and
-    backpropagated through the memory by hand.
+    Each memory makes its own target ``v̂ = M(v)`` (normalised); its objective is taken at ``M(k)``
+    and backpropagated through the memory by hand.
 
     Args:
         rule: which objective.
@@ -87,31 +95,60 @@ def inner_gradients(
     return inputs, grads, responses
 
 
+@dataclass
+class Written:
+    """One chunk of DGD without momentum, layer by layer.
+
+    Attributes:
+        weights: after the chunk, ``(B, H, N, out, in)``.
+        inputs, terms: ``a (B, H, N, in, C)`` (first layer: ``(B, H, d, C)``) and ``u``, see
+            `dgd_write`.
+        decay: retention, to broadcast over memories; ``tall``: without their axis.
+    """
+
+    weights: Tensors
+    inputs: list[Tensor]
+    terms: list[Tensor]
+    decay: ChunkDecay
+    tall: ChunkDecay
+
+
 def write(
-    rule: WriteRule,
-    weights: Tensors,
-    keys: Tensor,
-    values: Tensor,
-    eta: Tensor,
-    alpha: Tensor,
-) -> Tensors:
-    """The weights after one chunk of DGD without momentum: the hot path of `chunk_writes`."""
+    rule: WriteRule, weights: Tensors, keys: Tensor, values: Tensor, eta: Tensor, alpha: Tensor
+) -> Written:
+    """One chunk of DGD without momentum: what `chunk_writes` computes, on the hot path."""
     inputs, grads, responses = inner_gradients(rule, weights, keys, values)
-    decay = ChunkDecay.from_alpha(alpha)
+    tall = ChunkDecay.from_alpha(alpha)
     # All first layers read the key: one tall memory (B, H, N out, d), one factorisation.
-    first = dgd_write(
-        _tall(weights[0]),
-        inputs[0],
-        _tall(grads[0]),
-        _tall(responses[0]),
-        eta,
-        decay,
+    first, u = dgd_write(
+        _tall(weights[0]), inputs[0], _tall(grads[0]), _tall(responses[0]), eta, tall
     )
-    new = [first.view_as(weights[0])]
-    eta, decay = eta.unsqueeze(2), decay.unsqueeze(2)
+    new, terms = [first.view_as(weights[0])], [u]
+    eta, decay = eta.unsqueeze(2), tall.unsqueeze(2)
     for w, a, g, r in zip(weights[1:], inputs[1:], grads[1:], responses[1:], strict=True):
-        new.append(dgd_write(w, a, g, r, eta, decay))
-    return tuple(new)
+        after, u = dgd_write(w, a, g, r, eta, decay)
+        new.append(after)
+        terms.append(u)
+    return Written(tuple(new), inputs, terms, decay, tall)
+
+
+def respond_after(weights: Tensors, written: Written, x: Tensor) -> Tensor:
+    """``M_t(x_t)`` of a group of one memory, each token after its own write.
+
+    Args:
+        weights: before the chunk, ``(B, H, 1, out, in)``.
+        written: the chunk, of which ``x (B, H, d, n)`` are the last n tokens.
+
+    Returns:
+        ``(B, H, d, n)``.
+    """
+    tall = [w.squeeze(2) for w in weights]
+    y = read_per_token(tall[0], written.inputs[0], written.terms[0], x, written.tall)
+    if len(tall) == 1:
+        return y
+    for w, a, u in zip(tall[1:], written.inputs[1:], written.terms[1:], strict=True):
+        y = read_per_token(w, a.squeeze(2), u.squeeze(2), F.silu(y), written.tall)
+    return x + y
 
 
 def chunk_writes(
@@ -135,24 +172,23 @@ def chunk_writes(
         beta: momentum decay ``(B, H, C)``; needed with ``momenta``.
 
     Returns:
-        The write of every layer; the first layers of all memories are one tall ``(B, H, N out, d)``.
+        The write of every layer; the first layers of all memories are one tall
+        ``(B, H, N out, d)``.
     """
     inputs, grads, responses = inner_gradients(rule, weights, keys, values)
     writes = []
     for layer, (w, a, g, r) in enumerate(zip(weights, inputs, grads, responses, strict=True)):
         s = momenta[layer] if momenta else None
-        gates = (eta, alpha, beta)
         if layer == 0:
             w, g, r, s = _tall(w), _tall(g), _tall(r), None if s is None else _tall(s)
-        else:
-            gates = tuple(None if t is None else t.unsqueeze(2) for t in gates)
-        writes.append(_write_layer(rule, w, s, a.mT, g.mT, r.mT, *gates))
+        elif layer == 1:
+            eta, alpha = eta.unsqueeze(2), alpha.unsqueeze(2)
+            beta = None if beta is None else beta.unsqueeze(2)
+        writes.append(_write_layer(rule, w, s, a.mT, g.mT, r.mT, eta, alpha, beta))
     return writes
 
 
-def finish_write(
-    writes: list[ChunkWrite], weights: Tensors
-) -> tuple[Tensors, Tensors]:
+def finish_write(writes: list[ChunkWrite], weights: Tensors) -> tuple[Tensors, Tensors]:
     """Weights and momenta after a chunk, in the shapes of ``weights``."""
     new = tuple(c.memory.view_as(w) for c, w in zip(writes, weights, strict=True))
     momenta = tuple(
@@ -164,7 +200,7 @@ def finish_write(
 
 
 def respond_per_token(writes: list[ChunkWrite], x: Tensor) -> Tensor:
-    """``M_t(x_t)`` of a group of one memory, each token after its own write: rows ``(B, H, C, d)``."""
+    """What `respond_after` computes, for writes of any rule: rows ``(B, H, C, d)``."""
     y = writes[0].read(x)
     if len(writes) == 1:
         return y

@@ -84,11 +84,12 @@ def choose_form(name: str, M: Tensor, Q: Tensor, gated_delta: bool, form: str = 
         raise ValueError(f"unknown form {form!r}; choose one of {', '.join(FORMS)}")
     if form in ("reference", "chunked"):
         return form
-    paths = {p.name: p for p in available_paths()}
     fits = gated_delta and Q.is_cuda and max(M.shape[-2:]) <= 256
+    if form == "auto" and not (fits and Q.dtype in (torch.bfloat16, torch.float16)):
+        return "chunked"
+    paths = {p.name: p for p in available_paths()}
     if form == "auto":
-        half = Q.dtype in (torch.bfloat16, torch.float16)
-        return "fla" if fits and half and paths["fla"].available else "chunked"
+        return "fla" if paths["fla"].available else "chunked"
     if not paths[form].available:
         raise ValueError(f"form={form!r} cannot run here: {paths[form].reason}")
     if not fits:

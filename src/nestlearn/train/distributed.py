@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import datetime
 import os
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -54,6 +55,10 @@ class Distributed:
     def close(self) -> None:
         """Leave the group."""
         if self.world > 1 and dist.is_initialized():
+            # Gloo's threads need the interpreter lock to release the tensors of the last exchange;
+            # freeing the group while we hold that lock would wait for them forever (seen in one of
+            # five runs). Sleeping gives the lock away.
+            time.sleep(0.3)
             dist.destroy_process_group()
 
     @contextlib.contextmanager

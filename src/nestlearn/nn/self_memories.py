@@ -1,0 +1,264 @@
+"""The memories inside self-modifying Titans: groups, roles and gates (SPEC §5)."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nestlearn.memory.state import MemoryState
+from nestlearn.memory.structures import weight_shapes
+from nestlearn.nn.pointwise import guard_rows, unit
+from nestlearn.nn.self_write import (
+    Tensors,
+    WriteRule,
+    chunk_writes,
+    finish_write,
+    respond,
+    respond_after,
+    respond_per_token,
+    write,
+)
+from nestlearn.rules.chunk import ChunkWrite
+
+VECTORS = ("k", "v", "q")
+ROLES = ("k", "v", "q", "eta", "alpha")
+
+
+class MemoryGroup(nn.Module):
+    """N memories per head that share their keys: meta-learned initial states (the slow level) and
+    the chunked write of `nestlearn.nn.self_write`.
+
+    Args:
+        heads, count, size: H, N and the width d of a head.
+        depth, width: layers of a memory and their hidden size.
+        chunk: tokens per write, C.
+        rule: objective and kind of write.
+        momentum: keep a momentum per weight, its decay learned per head.
+    """
+
+    def __init__(
+        self,
+        heads: int,
+        count: int,
+        size: int,
+        depth: int,
+        width: int,
+        chunk: int,
+        rule: WriteRule,
+        momentum: bool,
+    ):
+        super().__init__()
+        self.chunk, self.rule, self.size = chunk, rule, size
+        shapes = weight_shapes(size, size, depth, width)
+        self.initial = nn.ParameterList(
+            [nn.Parameter(torch.empty(heads, count, out, n)) for out, n in shapes]
+        )
+        self.momentum_logit = nn.Parameter(torch.empty(heads)) if momentum else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Hidden layers see inputs of unit scale; the last layer's answer starts at norm ~ 1."""
+        last = len(self.initial) - 1
+        with torch.no_grad():
+            for layer, w in enumerate(self.initial):
+                fan_in = w.shape[-1]
+                if last == 0:
+                    w.normal_(0, fan_in**-0.5)
+                elif layer == 0:
+                    w.normal_(0, fan_in**-0.5)  # times sqrt(d), see initial_weights
+                elif layer < last:
+                    w.normal_(0, 1.6 / math.sqrt(fan_in))  # silu keeps about 1 / 1.6 of the scale
+                else:
+                    w.normal_(0, 1.6 / math.sqrt(fan_in * self.size))
+            if self.momentum_logit is not None:
+                self.momentum_logit.zero_()
+
+    def initial_weights(self, dtype: torch.dtype) -> Tensors:
+        """The initial states, ``(H, N, out, in)`` per layer.
+
+        Keys have norm 1, so a hidden layer's input weights have entries of size 1. As parameters
+        they are kept smaller by sqrt(d), the size of all others, so that one outer learning rate
+        fits all.
+        """
+        weights = [w.to(dtype) for w in self.initial]
+        if len(weights) > 1:
+            weights[0] = weights[0] * self.size**0.5
+        return tuple(weights)
+
+    def bounds(self, dtype: torch.dtype) -> Tensors:
+        """Row-norm bounds of the fast weights: the initial norm, at least 1."""
+        return tuple(
+            w.detach().norm(dim=-1, keepdim=True).clamp(min=1.0)
+            for w in self.initial_weights(dtype)
+        )
+
+    def init_state(self, batch: int, dtype: torch.dtype) -> MemoryState:
+        """Every row starts from the meta-learned initial state; pending: k, v, eta, alpha."""
+        weights = tuple(w.expand(batch, *w.shape) for w in self.initial_weights(dtype))
+        extra = () if self.momentum_logit is None else tuple(torch.zeros_like(w) for w in weights)
+        heads, device = self.initial[0].shape[0], self.initial[0].device
+        room = (batch, heads, self.chunk - 1)
+        vector = torch.zeros(*room, self.size, dtype=dtype, device=device)
+        scalar = torch.zeros(room, dtype=dtype, device=device)
+        return MemoryState(weights, extra, (vector, vector, scalar, scalar), (0,) * batch)
+
+    @property
+    def is_plain(self) -> bool:
+        """DGD without momentum: the hot path."""
+        return self.rule.delta and self.momentum_logit is None
+
+    def chunk_writes(self, memory: Tensors, written: Tensors) -> list[ChunkWrite]:
+        """The chunk writes of ``written = (k, v, eta, alpha)``, layer by layer."""
+        k, v, eta, alpha = written
+        beta = None
+        if self.momentum_logit is not None:
+            beta = self.momentum_logit.to(eta.dtype).sigmoid()[:, None].expand_as(eta)
+        split = len(self.initial)
+        return chunk_writes(self.rule, memory[:split], memory[split:], k, v, eta, alpha, beta)
+
+    def write(self, memory: Tensors, written: Tensors) -> Tensors:
+        """The memories after one full chunk."""
+        if self.is_plain:
+            return self.guard(write(self.rule, memory, *written).weights)
+        return self.finish(self.chunk_writes(memory, written), memory)
+
+    def finish(self, writes: list[ChunkWrite], memory: Tensors) -> Tensors:
+        """Guarded weights and momenta after a chunk."""
+        weights, momenta = finish_write(writes, memory[: len(self.initial)])
+        return self.guard(weights) + momenta
+
+    def guard(self, weights: Tensors) -> Tensors:
+        """Row norms bounded."""
+        bounds = self.bounds(weights[0].dtype)
+        return tuple(guard_rows(w, b) for w, b in zip(weights, bounds, strict=True))
+
+
+class ProjectionMemories(MemoryGroup):
+    """The memories that generate k, v, η, α (and q), in the order of ``roles`` (Eq. 84, 86)."""
+
+    def __init__(self, roles: tuple[str, ...], **group: Any):
+        super().__init__(count=len(roles), **group)
+        self.roles = roles
+        heads, size = group["heads"], group["size"]
+        # The answer of a scalar role's memory is a vector; this reads one number off it.
+        self.readout = nn.ParameterDict(
+            {
+                role: nn.Parameter(torch.randn(heads, size) / size**0.5)
+                for role in roles
+                if role not in VECTORS
+            }
+        )
+
+    def answer(self, memory: Tensors, streams: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Raw roles: vectors ``(B, H, C, d)``, scalars ``(B, H, C)``.
+
+        M_k, M_v and M_q read the stream of their own name, M_η and M_α that of the key."""
+        raw = {}
+        inputs = [unit(streams[r if r in VECTORS else "k"]) for r in self.roles]
+        answers = respond(memory[: len(self.initial)], torch.stack(inputs, 2).mT)
+        for role, answer in zip(self.roles, answers.unbind(2), strict=True):
+            if role in VECTORS:
+                raw[role] = answer.mT
+            else:
+                weight = self.readout[role].to(answer.dtype)
+                raw[role] = (weight.unsqueeze(1) @ answer).squeeze(2)
+        return raw
+
+
+@dataclasses.dataclass
+class ProjectionCell:
+    """Scan cell of the projection memories. Inputs, named ``names``: the streams k, v and q
+    ``(B, H, C, d)``, and logits ``(B, H, C)`` of scalars without a memory. Outputs: the five roles.
+    """
+
+    memories: ProjectionMemories
+    gates: Gates
+    names: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        self.chunk = self.memories.chunk
+
+    def read(self, memory: Tensors, inputs: Tensors, pending: Tensors) -> tuple[Tensors, Tensors]:
+        """Generate the roles of every token from the memories at the chunk's start."""
+        streams = dict(zip(self.names, inputs, strict=True))
+        k, v, q, eta, alpha = self.gates(streams | self.memories.answer(memory, streams))
+        return (k, v, q, eta, alpha), (k, v, eta, alpha)
+
+    def write(self, memory: Tensors, written: Tensors) -> Tensors:
+        """The memories after one full chunk."""
+        return self.memories.write(memory, written)
+
+
+class MainMemory(MemoryGroup):
+    """M_mem, the memory that is read with q: one scan cell (Eq. 83, 87)."""
+
+    def __init__(self, readout: str, **group: Any):
+        super().__init__(count=1, **group)
+        self.readout = readout
+
+    def read(self, memory: Tensors, inputs: Tensors, pending: Tensors) -> tuple[Tensors, Tensors]:
+        """``o_t = M_mem(q_t)`` at the chunk's start, or after each token's own write."""
+        k, v, q, eta, alpha = inputs
+        written = (k, v, eta, alpha)
+        if self.readout == "chunk":
+            return (respond(memory[: len(self.initial)], q.mT).squeeze(2).mT,), written
+        rows: Tensors = written
+        if pending:
+            rows = tuple(torch.cat(pair, 2) for pair in zip(pending, written, strict=True))
+        return (self._read_written(memory, rows, q)[0],), written
+
+    def step(self, memory: Tensors, inputs: Tensors) -> tuple[Tensors, Tensors]:
+        """Read and write one full chunk; a token-level read-out shares the write's work."""
+        k, v, q, eta, alpha = inputs
+        written = (k, v, eta, alpha)
+        if self.readout == "chunk":
+            return self.read(memory, inputs, ())[0], self.write(memory, written)
+        out, memory = self._read_written(memory, written, q)
+        return (out,), memory
+
+    def _read_written(self, memory: Tensors, rows: Tensors, q: Tensor) -> tuple[Tensor, Tensors]:
+        """``M_t(q_t)`` for the last tokens of ``rows``, and the memory after all of them."""
+        if self.is_plain:
+            done = write(self.rule, memory, *rows)
+            return respond_after(memory, done, q.mT).mT, self.guard(done.weights)
+        count = q.shape[2]
+        writes = self.chunk_writes(memory, rows)
+        out = respond_per_token(writes, F.pad(q, (0, 0, rows[0].shape[2] - count, 0)))
+        return out[:, :, -count:], self.finish(writes, memory)
+
+
+class Gates(nn.Module):
+    """From raw answers to roles: unit vectors, ``η = η_max sigmoid(·)``, ``α = sigmoid(·)``.
+
+    Retention starts near 1, spread over heads: a memory that starts at α = 0.5 is erased within
+    eight tokens (FINDINGS §6).
+    """
+
+    def __init__(self, heads: int, eta_max: float, weight_decay: bool):
+        super().__init__()
+        self.eta_max, self.weight_decay, self.heads = eta_max, weight_decay, heads
+        self.eta_bias = nn.Parameter(torch.empty(heads))
+        self.alpha_bias = nn.Parameter(torch.empty(heads)) if weight_decay else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """η starts at a fifth of its maximum, the memories' half-lives at 100 to 10,000 tokens."""
+        with torch.no_grad():
+            self.eta_bias.fill_(math.log(0.2 / 0.8))
+            if self.alpha_bias is not None:
+                forget = torch.logspace(-2, -4, self.heads) * math.log(2)
+                self.alpha_bias.copy_(torch.log((1 - forget) / forget))
+
+    def forward(self, raw: dict[str, Tensor]) -> Tensors:
+        """k, v, q ``(B, H, C, d)`` and η, α ``(B, H, C)``."""
+        k, v, q = unit(raw["k"]), unit(raw["v"]), unit(raw["q"])
+        bias = self.eta_bias.to(k.dtype)[:, None]
+        eta = self.eta_max * torch.sigmoid(raw["eta"] + bias)
+        if self.alpha_bias is None:
+            return k, v, q, eta, torch.ones_like(eta)
+        return k, v, q, eta, torch.sigmoid(raw["alpha"] + self.alpha_bias.to(k.dtype)[:, None])

@@ -1,0 +1,98 @@
+"""Self-modifying Titans: settings, state, checkpointing, cost. The mathematics is tested in
+tests/equations, the streaming contracts in tests/contracts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from nestlearn.nn import SelfModifyingTitans
+
+
+def layer_and_input(tokens=24, **settings):
+    layer = SelfModifyingTitans(
+        16, 2, **{"memory_chunk": 4, "projection_chunk": 8, **settings}
+    ).double()
+    return layer, torch.randn(2, tokens, 16, dtype=torch.float64, requires_grad=True)
+
+
+@pytest.mark.parametrize("readout", ["chunk", "token"])
+@pytest.mark.parametrize("momentum", [False, True])
+def test_checkpointing_changes_nothing(readout, momentum):
+    layer, x = layer_and_input(27, readout=readout, momentum=momentum)
+    wanted = [x, *layer.parameters()]
+    y, state = layer(x)
+    plain = torch.autograd.grad(y.square().sum() + state.memory.weights[0].sum(), wanted)
+    layer.checkpoint_chunks = 2
+    again, state = layer(x)
+    recomputed = torch.autograd.grad(again.square().sum() + state.memory.weights[0].sum(), wanted)
+    assert torch.equal(y, again)
+    for a, b in zip(plain, recomputed, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+def test_frozen_memories_are_read_and_not_written():
+    layer, x = layer_and_input()
+    _, state = layer(x)
+    frozen = state.freeze()
+    _, after = layer(2 * x, frozen)
+    assert after.position == state.position
+    for a, b in zip(after.memory.tensors(), state.memory.tensors(), strict=True):
+        assert torch.equal(a, b)
+    for a, b in zip(after.projections.tensors(), state.projections.tensors(), strict=True):
+        assert torch.equal(a, b)
+    assert not torch.equal(after.history, state.history)
+    _, thawed = layer(x, after.freeze(False))
+    assert thawed.position == (48, 48)
+
+
+def test_state_size_does_not_grow():
+    layer, x = layer_and_input(8)
+    state, sizes = None, set()
+    with torch.no_grad():
+        for _ in range(5):
+            _, state = layer(x, state)
+            sizes.add(state.nbytes)
+    assert len(sizes) == 1
+
+
+def test_writing_matters():
+    """What was read changes what is answered, far beyond the convolution's window."""
+    layer, x = layer_and_input(24)
+    other = x.detach().clone()
+    other[:, 0] += 1
+    y, z = layer(x)[0], layer(other)[0]
+    assert (y[:, 4:8] - z[:, 4:8]).abs().max() > 1e-6  # M_mem's second chunk
+    assert (y[:, -1] - z[:, -1]).abs().max() > 1e-6
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"heads": 3}, "multiple of heads"),
+        ({"memory_depth": 0}, "memory depth"),
+        ({"memory_depth": 5}, "memory depth"),
+        ({"objective": "l3"}, "unknown objective 'l3'; choose one of dot, l2"),
+        ({"readout": "both"}, "unknown readout"),
+        ({"rule": "sgd"}, "unknown rule"),
+        ({"adaptive": ("k", "w")}, "unknown adaptive role 'w'"),
+        ({"memory_chunk": 0}, "memory_chunk must be at least 1"),
+        ({"projection_chunk": -1}, "projection_chunk must be at least 1"),
+        ({"eta_max": 0.0}, "eta_max must be positive"),
+        ({"conv_size": 0}, "conv size"),
+    ],
+)
+def test_bad_settings_say_what_is_wrong(settings, message):
+    with pytest.raises(ValueError, match=message):
+        SelfModifyingTitans(**{"dim": 16, "heads": 2, **settings})
+
+
+def test_bad_input_says_what_is_wrong():
+    layer, x = layer_and_input()
+    _, state = layer(x)
+    with pytest.raises(ValueError, match="tokens > 0"):
+        layer(x[:, :0])
+    with pytest.raises(ValueError, match="state has 2 rows and x has 1"):
+        layer(x[:1], state)
+    with pytest.raises(ValueError, match="padding between real tokens"):
+        layer(x, None, torch.tensor([[1, 0, 1] * 8] * 2, dtype=torch.bool))
