@@ -11,7 +11,14 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nestlearn.cli import demo
-from nestlearn.cli.demo_text import Corpus, bigram_bits, lzma_bits, standard_library, zlib_bits
+from nestlearn.cli.demo_text import (
+    Corpus,
+    bigram_bits,
+    excerpts,
+    lzma_bits,
+    standard_library,
+    zlib_bits,
+)
 from nestlearn.models.hope import HopeConfig, HopeForCausalLM
 
 
@@ -40,13 +47,21 @@ def test_corpus_without_sources_is_an_error(tmp_path: Path) -> None:
 
 def test_bigram_bits_by_hand() -> None:
     # After "a" training saw "b" three times: P(b|a) = 4/259, P(a|b) = 3/258 (b was followed twice).
-    found = bigram_bits(b"ababab", b"aba")
+    found = bigram_bits(b"ababab", [b"aba"])
     assert found == pytest.approx((8 - math.log2(4 / 259) - math.log2(3 / 258)) / 3)
 
 
 def test_coders_on_repetition() -> None:
-    assert zlib_bits(b"abcd" * 1000) < 0.1
-    assert lzma_bits(b"abcd" * 10_000) < 0.1
+    assert zlib_bits([b"abcd" * 1000]) < 0.1
+    assert lzma_bits([b"abcd" * 10_000]) < 0.1
+
+
+def test_coders_start_anew_with_each_excerpt() -> None:
+    noise = bytes(torch.randint(256, (1000,), dtype=torch.uint8).tolist())
+    pieces = excerpts(noise + noise, 1000)
+    assert pieces == [noise, noise]
+    assert zlib_bits(pieces) > 7.9 and lzma_bits(pieces) > 7.9
+    assert zlib_bits([noise + noise]) < 4.5 and lzma_bits([noise + noise]) < 4.5
 
 
 def test_bits_per_byte_is_the_models_loss(model: HopeForCausalLM, corpus: Corpus) -> None:
@@ -54,14 +69,17 @@ def test_bits_per_byte_is_the_models_loss(model: HopeForCausalLM, corpus: Corpus
     ids = torch.tensor([[demo.BOS, *text]])
     with torch.no_grad():
         expected = model(input_ids=ids, labels=ids).loss.item() / math.log(2)
-    assert demo.bits_per_byte(model, text, lanes=1, length=64) == pytest.approx(expected, rel=1e-4)
+    assert demo.bits_per_byte(model, text) == pytest.approx(expected, rel=1e-4)
 
 
-def test_bits_per_byte_counts_an_uneven_text_once(model: HopeForCausalLM, corpus: Corpus) -> None:
+def test_bits_per_byte_counts_an_uneven_text_once(
+    model: HopeForCausalLM, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demo, "EXCERPT", 34)
     text = corpus.validation[:100]
-    lanes = [text[i : i + 34] for i in range(0, 100, 34)]
-    bits = sum(demo.bits_per_byte(model, lane, lanes=1) * len(lane) for lane in lanes)
-    assert demo.bits_per_byte(model, text, lanes=3) == pytest.approx(bits / 100, rel=1e-4)
+    pieces = excerpts(text, 34)
+    bits = sum(demo.bits_per_byte(model, piece) * len(piece) for piece in pieces)
+    assert demo.bits_per_byte(model, text) == pytest.approx(bits / 100, rel=1e-4)
 
 
 def test_schedule_rises_then_falls() -> None:

@@ -106,7 +106,7 @@ def oracle(layer, x):
         [(padded[:, t : t + layer.conv_size].mT * kernel).sum(-1) for t in range(x.shape[1])], 1
     )
     parts = layer.in_proj(conv).split(DIM, -1)
-    streams = dict(zip(["k", "v", "q", "gate"], parts, strict=True))
+    streams = dict(zip([*layer.streams, "gate"], parts, strict=True))
     group, main = layer.projections, layer.memory
     rows = []
     for b in range(len(x)):
@@ -126,12 +126,12 @@ def oracle(layer, x):
                 raw = {}
                 for role in ("k", "v", "q"):
                     if role in memories:
-                        raw[role] = answer(memories[role].start, unit(streams[role][b, t, cut]))
+                        raw[role] = answer(memories[role].start, unit(streams["x"][b, t, cut]))
                     else:
                         raw[role] = streams[role][b, t, cut]
                 for role in ("eta", "alpha"):
                     if role in memories:
-                        y = answer(memories[role].start, unit(streams["k"][b, t, cut]))
+                        y = answer(memories[role].start, unit(streams["x"][b, t, cut]))
                         raw[role] = group.readout[role][h] @ y
                     elif role in layer.fixed_scalars:
                         fixed = layer.scalar_proj(conv[b, t])
@@ -154,7 +154,7 @@ def oracle(layer, x):
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_layer_equals_token_recurrence(variant):
-    settings = {"memory_chunk": 3, "projection_chunk": 3, "memory_width": 4} | variant
+    settings = {"memory_chunk": 3, "projection_chunk": 3, "memory_width": 4, "readout": "chunk"} | variant
     layer = SelfModifyingTitans(DIM, HEADS, **settings).double()
     x = torch.randn(2, TOKENS, DIM, dtype=torch.float64, requires_grad=True)
     y, _ = layer(x)

@@ -24,7 +24,14 @@ from rich.table import Table
 from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
-from nestlearn.cli.demo_text import Corpus, bigram_bits, lzma_bits, standard_library, zlib_bits
+from nestlearn.cli.demo_text import (
+    Corpus,
+    bigram_bits,
+    excerpts,
+    lzma_bits,
+    standard_library,
+    zlib_bits,
+)
 from nestlearn.cli.machine import resident_bytes
 from nestlearn.models.hope import HopeConfig, HopeForCausalLM
 from nestlearn.optim.groups import level_groups
@@ -34,6 +41,7 @@ from nestlearn.train.tokenizers import ByteTokenizer
 BOS = 256
 TRAINING_SHARE = 0.62  # of the time; the rest is evaluation, the sample and the stream
 CHUNK = 512  # tokens read at a time while streaming
+EXCERPT = 2048  # bytes of a validation excerpt; every coder starts anew with each
 
 
 @dataclass
@@ -190,28 +198,23 @@ def windows(text: Tensor, batch: int, length: int, rng: torch.Generator) -> Tens
 
 
 @torch.inference_mode()
-def bits_per_byte(
-    model: HopeForCausalLM, text: bytes, lanes: int = 16, length: int = CHUNK
-) -> float:
+def bits_per_byte(model: HopeForCausalLM, text: bytes, rows: int = 16) -> float:
     """Bits per byte of ``text``, every byte predicted once.
 
-    The text is cut into ``lanes`` equal parts that are read side by side from begin to end, with
-    the state carried along, as a compressor would read it.
+    The text is cut into excerpts, each read from the learned initial state, ``rows`` at a time.
     """
     model.eval()
-    size = -(-len(text) // lanes)
     tokens = as_tokens(text).long()
-    targets = torch.full((lanes * size,), -100)
-    targets[: len(tokens)] = tokens
-    targets = targets.view(lanes, size)
-    inputs = torch.cat([targets.new_full((lanes, 1), BOS), targets[:, :-1].clamp(min=0)], dim=1)
-    total, cache = 0.0, None
-    for start in range(0, size, length):
-        piece = slice(start, start + length)
-        out = model(input_ids=inputs[:, piece], past_key_values=cache, use_cache=True)
-        cache = out.past_key_values
+    total = 0.0
+    whole = len(tokens) // EXCERPT * EXCERPT
+    batches = list(tokens[:whole].view(-1, EXCERPT).split(rows)) if whole else []
+    if whole < len(tokens):
+        batches.append(tokens[None, whole:])
+    for targets in batches:
+        begin = targets.new_full((len(targets), 1), BOS)
+        logits = model(input_ids=torch.cat([begin, targets[:, :-1]], 1), use_cache=False).logits
         total += torch.nn.functional.cross_entropy(
-            out.logits.flatten(0, 1).float(), targets[:, piece].flatten(), reduction="sum"
+            logits.flatten(0, 1).float(), targets.flatten(), reduction="sum"
         ).item()
     return total / math.log(2) / len(text)
 
@@ -219,14 +222,16 @@ def bits_per_byte(
 def compare(model: HopeForCausalLM, corpus: Corpus, console: Console) -> dict[str, float]:
     """Bits per byte on the validation text beside three coders'."""
     text = corpus.validation
+    pieces = excerpts(text, EXCERPT)
     with console.status("reading the validation text"):
         found = {
             "nestlearn (Hope)": bits_per_byte(model, text),
-            "lzma, best level": lzma_bits(text),
-            "zlib, level 9": zlib_bits(text),
-            "bigram model of the training text": bigram_bits(corpus.training, text),
+            "lzma, best level": lzma_bits(pieces),
+            "zlib, level 9": zlib_bits(pieces),
+            "bigram model of the training text": bigram_bits(corpus.training, pieces),
         }
-    table = Table("", "bits per byte", title=f"{len(text):,} bytes of files not trained on")
+    title = f"{len(text):,} bytes of files not trained on, in excerpts of {EXCERPT:,} bytes"
+    table = Table("", "bits per byte", title=title)
     for name, bits in sorted(found.items(), key=lambda item: item[1]):
         table.add_row(name, f"{bits:.3f}")
     console.print(table)

@@ -91,22 +91,35 @@ def _read(files: list[Path], limit: int) -> tuple[bytes, int]:
     return b"".join(parts)[:limit], len(parts)
 
 
-def bigram_bits(training: bytes, validation: bytes) -> float:
+def excerpts(text: bytes, length: int) -> list[bytes]:
+    """``text`` cut into pieces of ``length`` bytes; each coder starts anew with each piece."""
+    return [text[i : i + length] for i in range(0, len(text), length)]
+
+
+def bigram_bits(training: bytes, pieces: list[bytes]) -> float:
     """Bits per byte of a bigram model with add-one smoothing, counted on ``training``."""
     counts = np.ones((256, 256))
     seen = np.frombuffer(training, dtype=np.uint8)
     np.add.at(counts, (seen[:-1], seen[1:]), 1)
     bits = -np.log2(counts / counts.sum(axis=1, keepdims=True))
-    text = np.frombuffer(validation, dtype=np.uint8)
-    # The first byte has no predecessor: 8 bits.
-    return float((8.0 + bits[text[:-1], text[1:]].sum()) / len(text))
+    total = 0.0
+    for piece in pieces:
+        text = np.frombuffer(piece, dtype=np.uint8)
+        total += 8.0 + bits[text[:-1], text[1:]].sum()  # the first byte has no predecessor
+    return float(total / sum(map(len, pieces)))
 
 
-def zlib_bits(text: bytes) -> float:
-    """Bits per byte of zlib at its highest level."""
-    return 8 * len(zlib.compress(text, 9)) / len(text)
+def zlib_bits(pieces: list[bytes]) -> float:
+    """Bits per byte of zlib at its highest level, without its header and checksum."""
+    total = 0
+    for piece in pieces:
+        coder = zlib.compressobj(9, zlib.DEFLATED, -15)
+        total += len(coder.compress(piece) + coder.flush())
+    return 8 * total / sum(map(len, pieces))
 
 
-def lzma_bits(text: bytes) -> float:
-    """Bits per byte of lzma (xz) at its highest level."""
-    return 8 * len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)) / len(text)
+def lzma_bits(pieces: list[bytes]) -> float:
+    """Bits per byte of lzma at its highest level, without container and checksum."""
+    filters = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME}]
+    total = sum(len(lzma.compress(p, lzma.FORMAT_RAW, filters=filters)) for p in pieces)
+    return 8 * total / sum(map(len, pieces))

@@ -40,7 +40,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {"silu": sil
 """Name to function of ``z`` that returns value and slope."""
 
 
-def _value(activation: str, z: Tensor) -> Tensor:
+def activate(activation: str, z: Tensor) -> Tensor:
+    """The activation without its slope."""
     return F.silu(z) if activation == "silu" else F.gelu(z, approximate="tanh")
 
 
@@ -78,7 +79,7 @@ def forward(weights: Sequence[Tensor], x: Tensor, activation: str = "silu") -> T
         return x @ weights[0].mT
     h = x
     for w in weights[:-1]:
-        h = _value(activation, h @ w.mT)
+        h = activate(activation, h @ w.mT)
     return x + h @ weights[-1].mT
 
 
@@ -86,7 +87,7 @@ def layer_gradients(
     weights: Sequence[Tensor],
     x: Tensor,
     grad_fn: Callable[[Tensor], Tensor],
-    activation: str = "silu",
+    activation: str | Callable[[Tensor], tuple[Tensor, Tensor]] = "silu",
 ) -> tuple[list[Tensor], list[Tensor], Tensor]:
     """Backpropagation through the memory, written out (SPEC §2).
 
@@ -96,7 +97,7 @@ def layer_gradients(
         weights: the memory.
         x: keys ``(..., C, d_in)``.
         grad_fn: objective's gradient at the output, ``y -> dL/dy``.
-        activation: "silu" or "gelu".
+        activation: "silu", "gelu", or a function that returns value and slope.
 
     Returns:
         Inputs ``a_l (..., C, in_l)`` of every layer, gradients ``delta_l (..., C, out_l)`` at every
@@ -107,7 +108,7 @@ def layer_gradients(
         >>> grads[0]
         tensor([[-2., -2.]])
     """
-    both = ACTIVATIONS[activation]
+    both = ACTIVATIONS[activation] if isinstance(activation, str) else activation
     inputs = [x]
     slopes: list[Tensor] = []
     for w in weights[:-1]:

@@ -17,24 +17,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nestlearn.memory.objectives import Objective
-from nestlearn.memory.structures import (
-    ACTIVATIONS,
-    bound_rows,
-    forward,
-    layer_gradients,
-    unit,
-)
+from nestlearn.memory.structures import activate, forward, layer_gradients
+from nestlearn.nn.pointwise import gelu_and_slope, guard_rows, silu_and_slope, unit
 from nestlearn.nn.presets import MemorySpec
-from nestlearn.rules.chunk import (
-    ChunkWrite,
-    dgd_chunk,
-    gradient_chunk,
-    kl_chunk,
-    steady,
-    window_weights,
-)
+from nestlearn.rules.chunk import ChunkWrite, dgd_chunk, steady, window_weights
+from nestlearn.rules.gradient_write import ChunkGates, GradientWrite, damped_terms
 
 Tensors = tuple[Tensor, ...]
+Write = ChunkWrite | GradientWrite
+ACTIVATIONS_AND_SLOPES = {"silu": silu_and_slope, "gelu": gelu_and_slope}
 LOWEST_LOGIT = -30.0
 MOMENTUM_FLOOR = 1e-4
 
@@ -90,7 +81,7 @@ class GradientCell:
     def read_only(self, memory: Tensors, query: Tensor, pending: Tensors) -> Tensor:
         """Answers of a frozen memory; tokens of an unfinished chunk count if they did before."""
         if pending and self.spec.readout == "token":
-            memory = tuple(w.memory for w in self._writes(memory, pending))
+            memory = tuple(w.finish()[0] for w in self._writes(memory, pending))
         return self._answer(memory, query)
 
     def _layers(self, memory: Tensors) -> Tensors:
@@ -103,53 +94,54 @@ class GradientCell:
     def _answer(self, memory: Tensors, query: Tensor) -> Tensor:
         return forward(self._layers(memory), query, self.spec.activation)
 
-    def _answer_after(self, writes: list[ChunkWrite], query: Tensor, first: int) -> Tensor:
+    def _answer_after(self, writes: list[Write], query: Tensor, first: int) -> Tensor:
         """``M_t(q_t)`` through all layers, each at its state after token t."""
         hidden = query
         for write in writes[:-1]:
-            hidden = ACTIVATIONS[self.spec.activation](write.read(hidden, first))[0]
+            hidden = activate(self.spec.activation, write.read(hidden, first))
         out = writes[-1].read(hidden, first)
         return out + query if len(writes) > 1 else out
 
-    def _writes(self, memory: Tensors, written: Tensors) -> list[ChunkWrite]:
+    def _writes(self, memory: Tensors, written: Tensors) -> list[Write]:
+        """The write of every layer; `nestlearn.rules.gradient_write` unless the rule is "dgd"."""
         spec, depth = self.spec, self.spec.depth
         keys, values = written[0], written[1]
         gates = dict(zip(spec.gates, written[2:], strict=True))
         eta, length = gates["eta"], keys.shape[2]
-        alpha = gates.get("alpha", torch.ones_like(eta))
-        beta = gates.get("beta")
+        alpha, beta = gates.get("alpha"), gates.get("beta")
         momenta = memory[depth : 2 * depth] if spec.momentum else (None,) * depth
-        omega = None
-        if spec.window > 1:
+        past = spec.window - 1
+        rate, share, weights = eta, None, None
+        if past:
             keys, values, omega, rates = (
                 torch.cat(pair, 2)
                 for pair in zip(memory[-4:], (keys, values, gates["omega"], eta), strict=True)
             )
+            # Every pair is in the sums of ``window`` tokens.
+            rate = spec.window * omega * rates
+            share = rate / (spec.window * rates).clamp(min=1e-20)
+            weights = eta[..., None] * window_weights(length, past, torch.ones_like(rate))
         inputs, grads, answers = layer_gradients(
-            self._layers(memory), keys, lambda y: self.objective.grad(y, values), spec.activation
+            self._layers(memory),
+            keys,
+            lambda y: self.objective.grad(y, values),
+            ACTIVATIONS_AND_SLOPES[spec.activation],
         )
         gain = self._gain(beta, keys, values, answers)
-        writes = []
-        for w, a, g, s in zip(memory[:depth], inputs, grads, momenta, strict=True):
-            if omega is not None:
-                # Every pair is in the sums of ``window`` tokens.
-                rate = spec.window * omega * rates
-                past = spec.window - 1
-                damped = steady(rate, a, spec.chunk, gain, past)
-                share = damped / (spec.window * rates).clamp(min=1e-20)
-                weights = window_weights(length, past, share)
-                write = gradient_chunk(w, a, g, eta, alpha, S=s, beta=beta, weights=weights)
-                writes.append(write)
-                continue
-            step = steady(eta, a, spec.chunk, gain)
-            if spec.retention == "kl":
-                write = kl_chunk(w, a, g, step, alpha)
-            elif spec.rule == "dgd":
-                write = dgd_chunk(w, a, g, step, alpha, S=s, beta=beta)
-            else:
-                write = gradient_chunk(w, a, g, step, alpha, S=s, beta=beta)
-            writes.append(write)
-        return writes
+        layers = zip(memory[:depth], inputs, grads, momenta, strict=True)
+        if spec.rule == "dgd":
+            alpha = torch.ones_like(eta) if alpha is None else alpha
+            return [
+                dgd_chunk(w, a, g, steady(eta, a, spec.chunk, gain), alpha, S=s, beta=beta)
+                for w, a, g, s in layers
+            ]
+        shared = ChunkGates.of(eta, alpha, beta, weights, tokens=spec.readout == "token")
+        count = torch.arange(1, past + length + 1, device=eta.device, dtype=eta.dtype)
+        bend = (gain * ((spec.chunk + past) / count)).expand_as(rate)
+        return [
+            GradientWrite(w, s, a, damped_terms(a, g, rate, bend, share), shared)
+            for w, a, g, s in layers
+        ]
 
     def _gain(
         self, beta: Tensor | None, keys: Tensor, values: Tensor, answers: Tensor
@@ -165,17 +157,18 @@ class GradientCell:
             gain = gain * self.objective.curvature(answers, values)
         return gain
 
-    def _finish(self, memory: Tensors, writes: list[ChunkWrite], written: Tensors) -> Tensors:
+    def _finish(self, memory: Tensors, writes: list[Write], written: Tensors) -> Tensors:
         spec = self.spec
-        new = [w.memory for w in writes]
+        after = [w.finish() for w in writes]
+        new = [m for m, _ in after]
         if spec.retention == "kl":
             new = [torch.log_softmax(a, -1).clamp(min=LOWEST_LOGIT) for a in new]
         elif self.bounds:
-            new = [bound_rows(w, b) for w, b in zip(new, self.bounds, strict=True)]
+            new = [guard_rows(w, b) for w, b in zip(new, self.bounds, strict=True)]
         if spec.momentum:
-            momenta = [w.momentum for w in writes if w.momentum is not None]
+            momenta = [s for _, s in after if s is not None]
             if self.bounds:
-                momenta = [bound_rows(s, b) for s, b in zip(momenta, self.bounds, strict=True)]
+                momenta = [guard_rows(s, b) for s, b in zip(momenta, self.bounds, strict=True)]
             new += momenta
         if spec.window > 1:
             gates = dict(zip(spec.gates, written[2:], strict=True))

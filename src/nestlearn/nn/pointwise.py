@@ -6,6 +6,8 @@ products; these save the temporaries that automatic differentiation would keep a
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -50,6 +52,40 @@ class _SiluAndSlope(torch.autograd.Function):
         z, gate, slope = ctx.saved_tensors
         # slope' = s (1 - s) (2 + z (1 - 2 s)) with s = sigmoid(z)
         curve = (1 - 2 * gate).mul_(z).add_(2).mul_(gate).mul_(1 - gate)
+        return torch.addcmul(g_value * slope, g_slope, curve)
+
+
+def gelu_and_slope(z: Tensor) -> tuple[Tensor, Tensor]:
+    """The tanh form of GELU and its derivative, both differentiable."""
+    return _GeluAndSlope.apply(z)
+
+
+class _GeluAndSlope(torch.autograd.Function):
+    # gelu = z (1 + tanh w) / 2 with w = r (z + c z^3)
+    r, c = math.sqrt(2 / math.pi), 0.044715
+
+    @staticmethod
+    def forward(ctx, z: Tensor):
+        r, c = _GeluAndSlope.r, _GeluAndSlope.c
+        square = z * z
+        tanh = (square * (r * c)).add_(r).mul_(z).tanh_()
+        half = (0.5 * tanh).add_(0.5)
+        value = z * half
+        bell = torch.addcmul(torch.ones_like(tanh), tanh, tanh, value=-1)
+        # slope = half + z/2 bell w',  w' = r (1 + 3 c z^2)
+        slope = square.mul_(1.5 * r * c).add_(0.5 * r).mul_(z).mul_(bell).add_(half)
+        ctx.save_for_backward(z, tanh, bell, slope)
+        return value, slope
+
+    @staticmethod
+    def backward(ctx, g_value: Tensor, g_slope: Tensor):
+        r, c = _GeluAndSlope.r, _GeluAndSlope.c
+        z, tanh, bell, slope = ctx.saved_tensors
+        # slope' = bell (w' + z w''/2 - z tanh w'^2),  w' + z w''/2 = r (1 + 6 c z^2)
+        square = z * z
+        steep = (square * (3 * r * c)).add_(r)
+        curve = square.mul_(6 * r * c).add_(r)
+        curve = curve.addcmul_(steep.square_().mul_(z), tanh, value=-1).mul_(bell)
         return torch.addcmul(g_value * slope, g_slope, curve)
 
 

@@ -154,13 +154,10 @@ class ProjectionMemories(MemoryGroup):
             }
         )
 
-    def answer(self, memory: Tensors, streams: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Raw roles: vectors ``(B, H, C, d)``, scalars ``(B, H, C)``.
-
-        M_k, M_v and M_q read the stream of their own name, M_η and M_α that of the key."""
+    def answer(self, memory: Tensors, x: Tensor) -> dict[str, Tensor]:
+        """Raw roles of ``x (B, H, C, d)``: vectors ``(B, H, C, d)``, scalars ``(B, H, C)``."""
         raw = {}
-        inputs = [unit(streams[r if r in VECTORS else "k"]) for r in self.roles]
-        answers = respond(memory[: len(self.initial)], torch.stack(inputs, 2).mT)
+        answers = respond(memory[: len(self.initial)], x.mT)
         for role, answer in zip(self.roles, answers.unbind(2), strict=True):
             if role in VECTORS:
                 raw[role] = answer.mT
@@ -172,21 +169,20 @@ class ProjectionMemories(MemoryGroup):
 
 @dataclasses.dataclass
 class ProjectionCell:
-    """Scan cell of the projection memories. Inputs, named ``names``: the streams k, v and q
-    ``(B, H, C, d)``, and logits ``(B, H, C)`` of scalars without a memory. Outputs: the five roles.
-    """
+    """Scan cell of the projection memories. Inputs: ``x (B, H, C, d)`` of norm 1, then the raw
+    values of the ``fixed`` roles, which have no memory. Outputs: all five roles."""
 
     memories: ProjectionMemories
     gates: Gates
-    names: tuple[str, ...]
+    fixed: tuple[str, ...]
 
     def __post_init__(self) -> None:
         self.chunk = self.memories.chunk
 
     def read(self, memory: Tensors, inputs: Tensors, pending: Tensors) -> tuple[Tensors, Tensors]:
         """Generate the roles of every token from the memories at the chunk's start."""
-        streams = dict(zip(self.names, inputs, strict=True))
-        k, v, q, eta, alpha = self.gates(streams | self.memories.answer(memory, streams))
+        raw = self.memories.answer(memory, inputs[0])
+        k, v, q, eta, alpha = self.gates(raw | dict(zip(self.fixed, inputs[1:], strict=True)))
         return (k, v, q, eta, alpha), (k, v, eta, alpha)
 
     def write(self, memory: Tensors, written: Tensors) -> Tensors:
@@ -247,9 +243,9 @@ class Gates(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """η starts at a fifth of its maximum, the memories' half-lives at 100 to 10,000 tokens."""
+        """η starts at a twentieth of its maximum, memories' half-lives at 100 to 10,000 tokens."""
         with torch.no_grad():
-            self.eta_bias.fill_(math.log(0.2 / 0.8))
+            self.eta_bias.fill_(math.log(0.05 / 0.95))
             if self.alpha_bias is not None:
                 forget = torch.logspace(-2, -4, self.heads) * math.log(2)
                 self.alpha_bias.copy_(torch.log((1 - forget) / forget))

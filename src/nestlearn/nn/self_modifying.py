@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from nestlearn.memory.state import MemoryState, State
 from nestlearn.nn.conv import CausalConv
+from nestlearn.nn.pointwise import unit
 from nestlearn.nn.ragged import run_ragged
 from nestlearn.nn.scan import scan
 from nestlearn.nn.self_memories import (
@@ -60,9 +61,8 @@ class SelfModifyingTitans(nn.Module):
         M_□ ← M_□ (α_t I − η_t k_t k_tᵀ) − η_t ∇L(M_□; k_t, v̂_□)
 
     k, v, q and v̂ are of norm 1 and the step is proximal, η/(1 + η ‖input‖²), per layer (SPEC §5,
-    Choice). The outer gradient goes through all writes. Our reading: memories act on heads, and
-    M_k, M_v, M_q each read a linear map of x_t to heads of its own, of norm 1 (M_η and M_α read
-    what M_k reads). With one map for all, key and value of a head would share its d channels.
+    Choice). The outer gradient goes through all writes. Our reading: memories act on heads, x_t
+    being mapped to heads of norm 1 first.
 
     Args:
         dim: width D, divisible by ``heads``.
@@ -72,7 +72,9 @@ class SelfModifyingTitans(nn.Module):
         memory_chunk: tokens per write of M_mem; 1 is the exact recurrence.
         projection_chunk: tokens per write of the other memories.
         objective: ``"dot"`` or ``"l2"`` (SPEC §2).
-        readout: ``"chunk"`` reads M_mem at the chunk's start, ``"token"`` after each token's write.
+        readout: ``"token"`` reads M_mem after each token's write, ``"chunk"`` at the chunk's start
+            (SPEC §4), which is a little cheaper and sees the last tokens only through the
+            convolution.
         rule: ``"dgd"``, or ``"gd"`` (plain gradient descent: Tab. 6 "w/o DGD").
         momentum: ``S ← β S − η ∇L`` in the place of the gradient (Tab. 6), β learned per head.
         weight_decay: False fixes α = 1 (Tab. 6).
@@ -108,7 +110,7 @@ class SelfModifyingTitans(nn.Module):
         memory_chunk: int = 64,
         projection_chunk: int = 64,
         objective: str = "dot",
-        readout: str = "chunk",
+        readout: str = "token",
         rule: str = "dgd",
         momentum: bool = False,
         weight_decay: bool = True,
@@ -145,7 +147,10 @@ class SelfModifyingTitans(nn.Module):
         self.conv = CausalConv(dim, conv_size)
         scalars = ("eta", "alpha") if weight_decay else ("eta",)
         self.fixed_scalars = [r for r in scalars if r not in self.adaptive]
-        self.in_proj = nn.Linear(dim, 4 * dim, bias=False)  # k, v, q, output gate
+        # One stream for the memories, one for every vector without a memory, one for the gate.
+        self.streams = ["x"] if self.adaptive else []
+        self.streams += [r for r in VECTORS if r not in self.adaptive]
+        self.in_proj = nn.Linear(dim, dim * (len(self.streams) + 1), bias=False)
         self.scalar_proj = (
             nn.Linear(dim, heads * len(self.fixed_scalars), bias=False)
             if self.fixed_scalars
@@ -193,10 +198,10 @@ class SelfModifyingTitans(nn.Module):
         batch, length, _ = x.shape
         state = self.init_state(batch, dtype=x.dtype) if state is None else state
         conv, history = self.conv(x, state.history)
-        *streams, gate = self.in_proj(conv).chunk(4, -1)
+        *streams, gate = self.in_proj(conv).chunk(len(self.streams) + 1, -1)
         # Fast weights are accumulated sums: float32 at least, whatever the layer runs in.
         with torch.autocast(x.device.type, enabled=False):
-            inputs = {n: self._heads(s) for n, s in zip(VECTORS, streams, strict=True)}
+            inputs = {n: self._heads(s) for n, s in zip(self.streams, streams, strict=True)}
             if self.scalar_proj is not None:
                 scalars = self.scalar_proj(conv.to(self.scalar_proj.weight.dtype))
                 scalars = scalars.to(wide(x.dtype)).mT.unflatten(1, (-1, self.heads))
@@ -216,8 +221,9 @@ class SelfModifyingTitans(nn.Module):
         if self.projections is None or projections is None:
             roles = self.gates(inputs)
         else:
+            x = unit(inputs.pop("x"))
             cell = ProjectionCell(self.projections, self.gates, tuple(inputs))
-            tokens = tuple(inputs.values())
+            tokens = (x, *inputs.values())
             roles, projections = scan(cell, projections, tokens, self.checkpoint_chunks)
         (out,), memory = scan(self.memory, state.memory, roles, self.checkpoint_chunks)
         return out, projections, memory

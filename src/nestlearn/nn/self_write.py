@@ -35,21 +35,13 @@ class WriteRule:
 
 
 def respond(weights: Tensors, x: Tensor) -> Tensor:
-    """``M_n(x)`` of every memory (Eq. 89), columns.
-
-    Args:
-        weights: layer by layer ``(B, H, N, out, in)``.
-        x: the same for all memories ``(B, H, d, C)``, or one for each ``(B, H, N, d, C)``.
-
-    Returns:
-        ``(B, H, N, d, C)``.
-    """
-    y = _first(weights[0], x) if x.ndim == 4 else weights[0] @ x
+    """``M_n(x)`` of every memory: ``x (B, H, d, C) -> (B, H, N, d, C)`` (Eq. 89, columns)."""
+    y = _first(weights[0], x)
     if len(weights) == 1:
         return y
     for w in weights[1:]:
         y = w @ F.silu(y)
-    return (x.unsqueeze(2) if x.ndim == 4 else x) + y
+    return x.unsqueeze(2) + y
 
 
 def _first(weight: Tensor, x: Tensor) -> Tensor:
@@ -114,7 +106,12 @@ class Written:
 
 
 def write(
-    rule: WriteRule, weights: Tensors, keys: Tensor, values: Tensor, eta: Tensor, alpha: Tensor
+    rule: WriteRule,
+    weights: Tensors,
+    keys: Tensor,
+    values: Tensor,
+    eta: Tensor,
+    alpha: Tensor,
 ) -> Written:
     """One chunk of DGD without momentum: what `chunk_writes` computes, on the hot path."""
     inputs, grads, responses = inner_gradients(rule, weights, keys, values)

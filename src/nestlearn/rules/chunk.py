@@ -63,6 +63,10 @@ class ChunkWrite:
             memory = memory + self.momentum_gain[..., -1, None, None] * self.momentum_start
         self.memory = memory.to(self.start.dtype)
 
+    def finish(self) -> tuple[Tensor, Tensor | None]:
+        """Memory and momentum after the chunk."""
+        return self.memory, self.momentum
+
     def read(self, queries: Tensor, first: int = 0) -> Tensor:
         """Token-level read-out ``M_t q_t``, each token after its own write.
 

@@ -131,7 +131,7 @@ class HopeConfig(PreTrainedConfig):
     memory_chunk: int | None = None
     projection_chunk: int = 64
     memory_objective: str = "dot"
-    memory_readout: str = "chunk"
+    memory_readout: str = "token"
     memory_rule: str = "dgd"
     memory_momentum: bool = False
     memory_weight_decay: bool = True
