@@ -11,6 +11,8 @@ from serve import Trial, serve, training_step
 from torch import Tensor
 from transformer import Transformer
 
+from nestlearn.nn.compiled import compile_model
+
 
 def _tokens(batch: int, length: int) -> Tensor:
     return torch.randint(VOCAB, (batch, length), generator=torch.Generator().manual_seed(0))
@@ -28,7 +30,7 @@ def transformer(
     """The plain SDPA Transformer; ``save`` recomputes each block in the backward pass."""
     built = Transformer(VOCAB, dim, layers, heads, save)
     data = _tokens(batch, length)
-    run: Any = torch.compile(built) if compiled else built
+    run = compile_model(built) if compiled else built
     return Trial(training_step(built, lambda: run(data)), batch * length, size(built))
 
 
@@ -48,7 +50,7 @@ def model(
         # transformers 5 renamed it; the old name warns
         getattr(built, "activation_checkpointing_enable", built.gradient_checkpointing_enable)()
     data = _tokens(batch, length)
-    run = torch.compile(built) if compiled else built
+    run = compile_model(built) if compiled else built
     step = training_step(built, lambda: run(input_ids=data, labels=data).loss)
     return Trial(step, batch * length, size(built), {"config": config})
 

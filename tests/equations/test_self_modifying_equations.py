@@ -154,7 +154,12 @@ def oracle(layer, x):
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_layer_equals_token_recurrence(variant):
-    settings = {"memory_chunk": 3, "projection_chunk": 3, "memory_width": 4, "readout": "chunk"} | variant
+    settings = {
+        "memory_chunk": 3,
+        "projection_chunk": 3,
+        "memory_width": 4,
+        "readout": "chunk",
+    } | variant
     layer = SelfModifyingTitans(DIM, HEADS, **settings).double()
     x = torch.randn(2, TOKENS, DIM, dtype=torch.float64, requires_grad=True)
     y, _ = layer(x)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from nestlearn.nn import SelfModifyingTitans
+from nestlearn.nn.compiled import compile_model
 
 
 def layer_and_input(tokens=24, **settings):
@@ -96,3 +97,19 @@ def test_bad_input_says_what_is_wrong():
         layer(x[:1], state)
     with pytest.raises(ValueError, match="padding between real tokens"):
         layer(x, None, torch.tensor([[1, 0, 1] * 8] * 2, dtype=torch.bool))
+
+
+def test_compiled_chunks_compute_the_same(monkeypatch):
+    # The graph is captured and run without code generation, which is what takes time.
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **k: real(f, backend="aot_eager", **k))
+    layer, x = layer_and_input(17)
+    wanted = [x, *layer.parameters()]
+    y, state = layer(x)
+    plain = torch.autograd.grad(y.square().sum(), wanted)
+    assert compile_model(layer) is layer
+    again, new = layer(x)
+    compiled = torch.autograd.grad(again.square().sum(), wanted)
+    torch.testing.assert_close(y, again, rtol=0, atol=1e-12)
+    for a, b in zip(plain, compiled, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-11)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -188,6 +189,15 @@ class SelfModifyingTitans(nn.Module):
     ) -> tuple[Tensor, SelfModifyingState]:
         """Read ``x``, writing the memories on the way; see the class for shapes."""
         return run_ragged(self._forward, x, state, mask, self._fresh_state(x))
+
+    def compile_chunks(self) -> None:
+        """Run read and write of a chunk through ``torch.compile`` (needs a C++ compiler on CPU)."""
+        memory: Any = self.memory
+        memory.step = torch.compile(memory.step, dynamic=False)
+        if self.projections is not None:
+            memories: Any = self.projections
+            memories.write = torch.compile(memories.write, dynamic=False)
+            memories.answer = torch.compile(memories.answer, dynamic=False)
 
     def _fresh_state(self, x: Tensor):
         return lambda batch: self.init_state(batch, dtype=x.dtype)

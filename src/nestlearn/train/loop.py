@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from nestlearn.nn.compiled import compile_model
 from nestlearn.optim.groups import describe_levels, level_groups
 from nestlearn.optim.multirate import MultiRate
 from nestlearn.train.checkpoint import (
@@ -117,7 +118,7 @@ class Trainer:
         if optimizer is None:
             self.progress.line(describe_levels(groups))
         # The module that is called: compiled and parallel around the same parameters.
-        called: nn.Module = torch.compile(self.model) if config.compile else self.model  # type: ignore[assignment]
+        called = compile_model(self.model) if config.compile else self.model
         self.called = self.processes.wrap(called)
         self.token_bytes = None
         if tokenizer is not None:
