@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from nestlearn.nn.pointwise import guard_rows, silu_and_slope, unit
+from nestlearn.nn.pointwise import gelu_and_slope, guard_rows, silu_and_slope, unit
 
 F64 = torch.float64
 
@@ -37,3 +37,12 @@ def test_guard_rows():
     assert torch.autograd.gradcheck(
         lambda w: guard_rows(w, bound[:3]), (weight[:3].clone().requires_grad_(),)
     )
+
+
+def test_gelu_and_slope():
+    z = torch.randn(50, dtype=F64, requires_grad=True)
+    value, slope = gelu_and_slope(z)
+    exact = F.gelu(z, approximate="tanh")
+    torch.testing.assert_close(value, exact)
+    torch.testing.assert_close(slope, torch.autograd.grad(exact.sum(), z)[0])
+    assert torch.autograd.gradcheck(gelu_and_slope, (z,))

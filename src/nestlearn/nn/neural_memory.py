@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from nestlearn.memory.objectives import get_objective
 from nestlearn.memory.state import MemoryState, State
-from nestlearn.memory.structures import unit, weight_shapes
+from nestlearn.memory.structures import weight_shapes
 from nestlearn.nn.conv import CausalConv
 from nestlearn.nn.memory_cell import GradientCell, Tensors, feature_map, feature_size
+from nestlearn.nn.pointwise import unit
 from nestlearn.nn.presets import MemorySpec, get_spec
 from nestlearn.nn.ragged import run_ragged
 from nestlearn.nn.scan import scan
@@ -256,7 +257,8 @@ class NeuralMemory(nn.Module):
 
     def _heads(self, x: Tensor) -> Tensor:
         """``(B, T, D) -> (B, H, T, d)``, at least float32."""
-        return x.to(wide(x.dtype)).unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2)
+        x = x.to(wide(x.dtype)).unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2)
+        return x.contiguous()  # once here, or every product of every chunk copies it
 
     def _features(self, x: Tensor) -> Tensor:
         learned = self.feature_coefficients

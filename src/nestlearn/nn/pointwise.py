@@ -11,6 +11,8 @@ import math
 import torch
 from torch import Tensor
 
+GELU_SCALE, GELU_CUBIC = math.sqrt(2 / math.pi), 0.044715
+
 
 def unit(x: Tensor, dim: int = -1) -> Tensor:
     """``x / sqrt(||x||^2 + 1e-6)`` along ``dim``: norm 1, smooth, and zero at zero."""
@@ -62,11 +64,9 @@ def gelu_and_slope(z: Tensor) -> tuple[Tensor, Tensor]:
 
 class _GeluAndSlope(torch.autograd.Function):
     # gelu = z (1 + tanh w) / 2 with w = r (z + c z^3)
-    r, c = math.sqrt(2 / math.pi), 0.044715
-
     @staticmethod
     def forward(ctx, z: Tensor):
-        r, c = _GeluAndSlope.r, _GeluAndSlope.c
+        r, c = GELU_SCALE, GELU_CUBIC
         square = z * z
         tanh = (square * (r * c)).add_(r).mul_(z).tanh_()
         half = (0.5 * tanh).add_(0.5)
@@ -79,7 +79,7 @@ class _GeluAndSlope(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g_value: Tensor, g_slope: Tensor):
-        r, c = _GeluAndSlope.r, _GeluAndSlope.c
+        r, c = GELU_SCALE, GELU_CUBIC
         z, tanh, bell, slope = ctx.saved_tensors
         # slope' = bell (w' + z w''/2 - z tanh w'^2),  w' + z w''/2 = r (1 + 6 c z^2)
         square = z * z
