@@ -46,3 +46,11 @@ def test_gelu_and_slope():
     torch.testing.assert_close(value, exact)
     torch.testing.assert_close(slope, torch.autograd.grad(exact.sum(), z)[0])
     assert torch.autograd.gradcheck(gelu_and_slope, (z,))
+
+
+def test_guarded_rows_hold_no_number_whose_square_is_denormal():
+    weight = torch.logspace(-40, 0, 400).view(20, 20)
+    out = guard_rows(weight, torch.full((20, 1), 10.0))
+    left = out[out != 0].abs()
+    assert left.min() > 1e-18
+    torch.testing.assert_close(out, weight, rtol=1e-6, atol=1e-16)

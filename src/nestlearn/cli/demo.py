@@ -39,9 +39,9 @@ from nestlearn.optim.multirate import MultiRate
 from nestlearn.train.tokenizers import ByteTokenizer
 
 BOS = 256
-TRAINING_SHARE = 0.62  # of the time; the rest is evaluation, the sample and the stream
+TRAINING_SHARE = 0.68  # of the time; the rest is evaluation, the sample and the stream
 CHUNK = 512  # tokens read at a time while streaming
-EXCERPT = 2048  # bytes of a validation excerpt; every coder starts anew with each
+EXCERPT = 1024  # bytes of a validation excerpt; every coder starts anew with each
 
 
 @dataclass
@@ -102,8 +102,8 @@ class Demo:
 
 
 def demo_config(mixer: str = "self_modifying") -> HopeConfig:
-    """The demo's model: bytes, about a million parameters, two CMS levels."""
-    return HopeConfig.preset("small", mixer=mixer)
+    """The demo's model: bytes, three blocks, two CMS levels."""
+    return HopeConfig.preset("small", mixer=mixer, num_hidden_layers=3, intermediate_size=512)
 
 
 @dataclass
@@ -121,7 +121,7 @@ def train(
     lr: float = 4e-3,
     seed: int = 0,
     console: Console | None = None,
-    batch: int = 4,
+    batch: int = 8,
     length: int = 256,
 ) -> Steps:
     """Train for a given time: AdamW on every level, warm-up and cosine measured in time.

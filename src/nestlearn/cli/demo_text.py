@@ -38,7 +38,7 @@ class Corpus:
 
 
 def standard_library(
-    validation_bytes: int = 196_608, training_bytes: int = 8_000_000, root: Path | None = None
+    validation_bytes: int = 98_304, training_bytes: int = 8_000_000, root: Path | None = None
 ) -> Corpus:
     """Sources and documentation strings of the running Python's standard library.
 

@@ -89,6 +89,9 @@ class _GeluAndSlope(torch.autograd.Function):
         return torch.addcmul(g_value * slope, g_slope, curve)
 
 
+TINY = 1e-10  # adding and subtracting it makes float32 values below 1e-17 exact zeros
+
+
 def guard_rows(weight: Tensor, bound: Tensor) -> Tensor:
     """Scale rows of ``weight (..., out, in)`` down to norm ``bound (..., out, 1)`` at most.
 
@@ -105,6 +108,9 @@ class _GuardRows(torch.autograd.Function):
         norm = torch.linalg.vector_norm(weight, dim=-1, keepdim=True)
         scale = bound / torch.maximum(norm, bound)
         out = weight * scale
+        # What is never written again decays for ever; after some 10,000 tokens its square would be
+        # a denormal number, with which every CPU kernel is several times slower.
+        out.add_(TINY).sub_(TINY)
         ctx.save_for_backward(out, scale, norm)
         return out
 
