@@ -119,7 +119,7 @@ def test_a_long_constant_stream_leaves_no_denormal_numbers():
     """They slowed reading down several times after some 10,000 tokens."""
     layer = SelfModifyingTitans(16, 2, memory_chunk=64, projection_chunk=64)
     with torch.no_grad():
-        layer.gates.alpha_bias.fill_(1.0)  # forgets fast: what is not rewritten decays for ever
+        layer.gates.alpha_bias.fill_(4.0)  # alpha 0.98: what is not rewritten decays for ever
         x, state = torch.randn(1, 1, 16).expand(1, 2048, 16), None
         for _ in range(4):
             _, state = layer(x, state)
