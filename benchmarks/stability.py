@@ -124,8 +124,8 @@ def streams(args: Any) -> None:
         fresh=args.fresh,
     )
     cells = {}
-    for objective, chunk, depth, dtype in itertools.product(
-        ("dot", "l2"), (64, 16, 1), (2, 3, 4), ("float32", "bfloat16")
+    for chunk, objective, depth, dtype in itertools.product(
+        (64, 16, 1), ("dot", "l2"), (2, 3, 4), ("float32", "bfloat16")
     ):
         name = f"{objective}/chunk{chunk}/depth{depth}/{dtype}"
         if not results.done(name):
