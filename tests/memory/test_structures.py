@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nestlearn.memory.structures import bound_rows, forward, layer_gradients, unit, weight_shapes
+from nestlearn.memory.structures import forward, layer_gradients, weight_shapes
 
 D, WIDTH, C = 5, 7, 3
 
@@ -46,14 +46,6 @@ def test_outer_gradient_goes_through_the_inner_one():
         return deltas[0].sum() + deltas[1].square().sum()
 
     assert torch.autograd.gradcheck(inner, weights)
-
-
-def test_row_bound_and_unit():
-    w = torch.tensor([[3.0, 4.0], [0.3, 0.4], [0.0, 0.0]], requires_grad=True)
-    bounded = bound_rows(w, torch.ones(3, 1))
-    torch.testing.assert_close(bounded, torch.tensor([[0.6, 0.8], [0.3, 0.4], [0.0, 0.0]]))
-    (bounded.sum() + unit(w).sum()).backward()
-    assert w.grad.isfinite().all()
 
 
 @pytest.mark.parametrize(("args", "message"), [((4, 4, 5, 8), "1 to 4"), ((4, 5, 2, 8), "d_in")])

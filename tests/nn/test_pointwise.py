@@ -54,3 +54,11 @@ def test_guarded_rows_hold_no_number_whose_square_is_denormal():
     left = out[out != 0].abs()
     assert left.min() > 1e-18
     torch.testing.assert_close(out, weight, rtol=1e-6, atol=1e-16)
+
+
+def test_row_bound_and_unit():
+    w = torch.tensor([[3.0, 4.0], [0.3, 0.4], [0.0, 0.0]], requires_grad=True)
+    bounded = guard_rows(w, torch.ones(3, 1))
+    torch.testing.assert_close(bounded, torch.tensor([[0.6, 0.8], [0.3, 0.4], [0.0, 0.0]]))
+    (bounded.sum() + unit(w).sum()).backward()
+    assert w.grad.isfinite().all()

@@ -123,14 +123,3 @@ def layer_gradients(
         grads.append((grads[-1] @ w) * slope)
     grads.reverse()
     return inputs, grads, y
-
-
-def unit(x: Tensor) -> Tensor:
-    """``x / ||x||`` over the last axis, smooth, and zero at zero."""
-    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)
-
-
-def bound_rows(weight: Tensor, bound: Tensor) -> Tensor:
-    """Scale every row of ``weight (..., out, in)`` down to norm ``bound (..., out, 1)`` at most."""
-    square = weight.square().sum(-1, keepdim=True)
-    return weight * torch.rsqrt((square / bound.square()).clamp(min=1.0))
