@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nestlearn.memory.state import State
-from nestlearn.nn.ragged import padding_spans
+from nestlearn.nn.ragged import check_input, padding_spans
 
 
 @dataclasses.dataclass
@@ -157,15 +157,8 @@ class CausalSelfAttention(nn.Module):
         self, x: Tensor, state: AttentionState | None = None, mask: Tensor | None = None
     ) -> tuple[Tensor, AttentionState]:
         """Attend to the tokens of ``state`` and the earlier ones of ``x``."""
-        if x.ndim != 3 or x.shape[1] == 0 or x.shape[2] != self.dim:
-            raise ValueError(f"x must be (batch, tokens > 0, {self.dim}), got {tuple(x.shape)}")
+        check_input(x, state, mask, self.dim)
         batch, length, _ = x.shape
-        if mask is not None and mask.shape != x.shape[:2]:
-            raise ValueError(f"mask {tuple(mask.shape)} does not fit x {tuple(x.shape)}")
-        if state is not None and state.batch_size != batch:
-            raise ValueError(
-                f"state has {state.batch_size} rows, x has {batch}; select with state.index(...)"
-            )
         read = (length,) * batch
         if mask is not None:
             read = tuple(stop - start for start, stop in padding_spans(mask))

@@ -15,7 +15,7 @@ from nestlearn.levels.level import Level
 from nestlearn.nn.continuum_block import ContinuumBlock
 from nestlearn.nn.continuum_online import learn_segment
 from nestlearn.nn.continuum_state import ContinuumState, check_settings, slower_levels
-from nestlearn.nn.ragged import run_ragged
+from nestlearn.nn.ragged import check_input, run_ragged
 
 
 class ContinuumMemory(nn.Module):
@@ -349,19 +349,11 @@ class ContinuumMemory(nn.Module):
     # -- validation -----------------------------------------------------------------------------
 
     def _check_input(self, x: Tensor, state: ContinuumState | None, mask: Tensor | None) -> None:
-        if x.ndim != 3 or x.shape[1] == 0 or x.shape[2] != self.dim:
-            raise ValueError(f"x must be (batch, tokens > 0, {self.dim}), got {tuple(x.shape)}")
-        if mask is not None and mask.shape != x.shape[:2]:
-            raise ValueError(f"mask {tuple(mask.shape)} does not fit x {tuple(x.shape)}")
-        if state is None:
-            return
-        if not isinstance(state, ContinuumState) or len(state.levels) != len(self.levels):
+        if state is not None and (
+            not isinstance(state, ContinuumState) or len(state.levels) != len(self.levels)
+        ):
             raise ValueError("this state comes from another layer; begin with state=None")
-        if state.batch_size != x.shape[0]:
-            raise ValueError(
-                f"state has {state.batch_size} rows and x has {x.shape[0]}; select rows with "
-                "state.index(...)"
-            )
+        check_input(x, state, mask, self.dim)
 
     def extra_repr(self) -> str:
         rows = ", ".join(f"{v.name}: every {v.period} {v.unit}s ({v.error})" for v in self.levels)

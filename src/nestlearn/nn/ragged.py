@@ -38,6 +38,27 @@ def padding_spans(mask: Tensor) -> list[tuple[int, int]]:
     return list(zip(start, stop, strict=True))
 
 
+def check_input(
+    x: Tensor, state: State | None, mask: Tensor | None, dim: int | str = "dim"
+) -> None:
+    """Refuse what no sequence layer can read.
+
+    Args:
+        x: to be ``(B, T, D)`` with T > 0, and D = ``dim`` if that is a number.
+        state: to have B rows.
+        mask: to be ``(B, T)``.
+    """
+    if x.ndim != 3 or x.shape[1] == 0 or (isinstance(dim, int) and x.shape[2] != dim):
+        raise ValueError(f"x must be (batch, tokens > 0, {dim}), got {tuple(x.shape)}")
+    if mask is not None and mask.shape != x.shape[:2]:
+        raise ValueError(f"mask {tuple(mask.shape)} does not fit x {tuple(x.shape)}")
+    if state is not None and state.batch_size != x.shape[0]:
+        raise ValueError(
+            f"state has {state.batch_size} rows and x has {x.shape[0]}; select rows with "
+            "state.index(...)"
+        )
+
+
 def run_ragged(
     forward: Callable[[Tensor, Any], tuple[Tensor, Any]],
     x: Tensor,
@@ -57,16 +78,8 @@ def run_ragged(
     Returns:
         Output ``(B, T, D)``, zero at padded positions, and the new state of all rows.
     """
-    if x.ndim != 3 or x.shape[1] == 0:
-        raise ValueError(f"x must be (batch, tokens, dim) with tokens > 0, got {tuple(x.shape)}")
+    check_input(x, state, mask)
     batch, length, _ = x.shape
-    if mask is not None and mask.shape != x.shape[:2]:
-        raise ValueError(f"mask {tuple(mask.shape)} does not fit x {tuple(x.shape)}")
-    if state is not None and state.batch_size != batch:
-        raise ValueError(
-            f"state has {state.batch_size} rows and x has {batch}; select rows with "
-            "state.index(...)"
-        )
     spans = [(0, length)] * batch if mask is None else padding_spans(mask)
     positions = (0,) * batch if state is None else state.position
     groups: dict[tuple[tuple[int, int], int], list[int]] = {}
