@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 
+from nestlearn.nn import native
 from nestlearn.nn.mixers import MIXERS, build_mixer
 
 DIM = 16
@@ -23,6 +26,7 @@ VARIANTS = {
         "memory_depth": 1,
         "memory_chunk": 1,
     },
+    "self_modifying, without the CPU kernel": {},
     "self_modifying, no projections": {"memory_adaptive": [], "projection_chunk": 1},
     "attention, windowed": {"sliding_window": 6},
 }
@@ -39,7 +43,8 @@ def make(name, config_for):
         config = config_for(mixer, **{**VARIANTS.get(name, {}), **settings})
         return build_mixer(mixer, config)
 
-    return build
+    with native.disabled() if "without the CPU kernel" in name else contextlib.nullcontext():
+        yield build
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from nestlearn import __version__
 from nestlearn.cli import machine
+from nestlearn.nn import native
 from nestlearn.nn.mixers import MIXERS
 from nestlearn.nn.presets import PRESETS
 from nestlearn.rules.dispatch import available_paths
@@ -41,6 +42,8 @@ def examine(compile_too: bool = True) -> dict[str, Any]:
     """Everything the report says, as plain values."""
     compiled = machine.try_compile() if compile_too else None
     paths = [dataclasses.asdict(path) for path in available_paths()]
+    library, reason = native.load()
+    paths.append({"name": "native", "available": library is not None, "reason": reason})
     if compiled is not None and not compiled["usable"]:
         for path in paths:
             if path["name"] == "compiled":
@@ -68,6 +71,15 @@ def mixer_path(name: str) -> dict[str, str]:
     if name == "attention":
         return {"path": "sdpa", "why": f"torch's fused attention {where}; nothing is written"}
     if name == "self_modifying":
+        library, reason = native.load()
+        if library is not None and not gpu:
+            return {
+                "path": "native",
+                "why": f"whole sequences in one C++ call ({reason}); with momentum or rule 'gd' "
+                "chunked: batched PyTorch operations",
+            }
+        if not gpu:
+            where += f"; not native: {reason}"
         return {
             "path": "chunked",
             "why": f"all memories of a chunk in batched products {where}; with memory_chunk=1 and "

@@ -8,6 +8,7 @@ calls (whole, halves, token by token) computes the same thing.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -17,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from nestlearn.memory.state import MemoryState
 
 Tensors = tuple[Tensor, ...]
+Run = Callable[[Tensors, Tensors], tuple[Tensors, Tensors]]
 TOKENS = 2  # the token axis of everything a cell sees: (B, H, T, ...)
 
 
@@ -34,6 +36,11 @@ class Cell(Protocol):
     def write(self, memory: Tensors, written: Tensors) -> Tensors:
         """The memory after one full chunk."""
         ...
+
+    # A cell may also have
+    #   step(memory, inputs) -> (outputs, memory): one whole chunk, sharing work of read and write;
+    #   runner(memory) -> None or a function (memory, inputs) -> (outputs, memory) that does any
+    #   number of whole chunks at once on such a memory.
 
 
 def scan(
@@ -56,15 +63,16 @@ def scan(
     memory = state.weights + state.extra
     pending = tuple(p.narrow(TOKENS, 0, fill) for p in state.pending)
     group = chunk * checkpoint_chunks if torch.is_grad_enabled() else 0
-    sizes = [total] if state.frozen else _segment_sizes(total, chunk, fill, group)
+    at_once = _runner(cell, memory) is not None
+    sizes = [total] if state.frozen else _segment_sizes(total, chunk, fill, group, at_once)
     pieces: list[Tensors] = []
     for length, segment in zip(sizes, _split(inputs, sizes), strict=True):
         if group and fill == 0 and length == group and not state.frozen:
             outputs, memory = checkpoint(
                 _whole_chunks, cell, memory, segment, use_reentrant=False, preserve_rng_state=False
             )
-        elif length == chunk and fill == 0 and not state.frozen:
-            outputs, memory = _step(cell, memory, segment)
+        elif length % chunk == 0 and fill == 0 and not state.frozen:
+            outputs, memory = _whole_chunks(cell, memory, segment)
         else:
             outputs, written = cell.read(memory, segment, pending)
             if not state.frozen:
@@ -89,12 +97,19 @@ def scan(
 
 
 def _whole_chunks(cell: Cell, memory: Tensors, inputs: Tensors) -> tuple[Tensors, Tensors]:
+    run = _runner(cell, memory)
+    if run is not None:
+        return run(memory, inputs)
     pieces = []
     count = inputs[0].shape[TOKENS] // cell.chunk
     for segment in _split(inputs, [cell.chunk] * count):
         outputs, memory = _step(cell, memory, segment)
         pieces.append(outputs)
     return tuple(torch.cat(p, TOKENS) for p in zip(*pieces, strict=True)), memory
+
+
+def _runner(cell: Cell, memory: Tensors) -> Run | None:
+    return cell.runner(memory) if hasattr(cell, "runner") else None
 
 
 def _step(cell: Cell, memory: Tensors, inputs: Tensors) -> tuple[Tensors, Tensors]:
@@ -105,11 +120,12 @@ def _step(cell: Cell, memory: Tensors, inputs: Tensors) -> tuple[Tensors, Tensor
     return outputs, cell.write(memory, written)
 
 
-def _segment_sizes(total: int, chunk: int, fill: int, group: int) -> list[int]:
-    """Up to the next boundary, then whole groups of chunks, whole chunks, and the rest."""
+def _segment_sizes(total: int, chunk: int, fill: int, group: int, at_once: bool) -> list[int]:
+    """Up to the next boundary, then whole groups of chunks, whole chunks (one by one, or all
+    ``at_once``), and the rest."""
     sizes = [min(chunk - fill, total)] if fill else []
     rest = total - sum(sizes)
-    for size in (group, chunk):
+    for size in (group, rest // chunk * chunk if at_once and not group else chunk):
         if size:
             sizes += [size] * (rest // size)
             rest %= size

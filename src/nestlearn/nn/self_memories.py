@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from nestlearn.memory.state import MemoryState
 from nestlearn.memory.structures import weight_shapes
+from nestlearn.nn import native
 from nestlearn.nn.pointwise import guard_rows, unit
+from nestlearn.nn.scan import Run
 from nestlearn.nn.self_write import (
     Tensors,
     WriteRule,
@@ -112,6 +114,11 @@ class MemoryGroup(nn.Module):
         """DGD without momentum: the hot path."""
         return self.rule.delta and self.momentum_logit is None
 
+    @property
+    def runs_native(self) -> bool:
+        """Whether the CPU kernel has this group's rule; see `nestlearn.nn.native`."""
+        return self.is_plain and len(self.initial) <= native.MAX_DEPTH
+
     def chunk_writes(self, memory: Tensors, written: Tensors) -> list[ChunkWrite]:
         """The chunk writes of ``written = (k, v, eta, alpha)``, layer by layer."""
         k, v, eta, alpha = written
@@ -185,6 +192,33 @@ class ProjectionCell:
         k, v, q, eta, alpha = self.gates(raw | dict(zip(self.fixed, inputs[1:], strict=True)))
         return (k, v, q, eta, alpha), (k, v, eta, alpha)
 
+    def runner(self, memory: Tensors) -> Run | None:
+        """`run`, where the CPU kernel can."""
+        return self.run if self.memories.runs_native and native.usable(memory) else None
+
+    def run(self, memory: Tensors, inputs: Tensors) -> tuple[Tensors, Tensors]:
+        """Any number of whole chunks at once."""
+        memories, gates = self.memories, self.gates
+        dtype = memory[0].dtype
+        roles = {n: gates.role(n, raw) for n, raw in zip(self.fixed, inputs[1:], strict=True)}
+        if not gates.weight_decay:
+            roles["alpha"] = inputs[0].new_ones(inputs[0].shape[:-1])
+        plan = native.Plan(
+            self.chunk, memories.rule.objective, memories.roles, eta_max=gates.eta_max
+        )
+        scalars = [r for r in memories.roles if r not in VECTORS]
+        made, _, memory = native.run_chunks(
+            plan,
+            memory,
+            memories.bounds(dtype),
+            {n: t for n, t in roles.items() if n != "q"},
+            inputs[0],
+            {r: memories.readout[r].to(dtype) for r in scalars},
+            {r: gates.bias(r, dtype) for r in scalars},
+        )
+        roles |= made
+        return tuple(roles[n] for n in ROLES), memory
+
     def write(self, memory: Tensors, written: Tensors) -> Tensors:
         """The memories after one full chunk."""
         return self.memories.write(memory, written)
@@ -215,6 +249,19 @@ class MainMemory(MemoryGroup):
         if self.readout == "chunk":
             return self.read(memory, inputs, ())[0], self.write(memory, written)
         out, memory = self._read_written(memory, written, q)
+        return (out,), memory
+
+    def runner(self, memory: Tensors) -> Run | None:
+        """`run`, where the CPU kernel can."""
+        return self.run if self.runs_native and native.usable(memory) else None
+
+    def run(self, memory: Tensors, inputs: Tensors) -> tuple[Tensors, Tensors]:
+        """Any number of whole chunks at once."""
+        plan = native.Plan(self.chunk, self.rule.objective, token=self.readout == "token")
+        roles = dict(zip(ROLES, inputs, strict=True))
+        bounds = self.bounds(memory[0].dtype)
+        _, out, memory = native.run_chunks(plan, memory, bounds, roles)
+        assert out is not None
         return (out,), memory
 
     def _read_written(self, memory: Tensors, rows: Tensors, q: Tensor) -> tuple[Tensor, Tensors]:
@@ -252,9 +299,20 @@ class Gates(nn.Module):
 
     def forward(self, raw: dict[str, Tensor]) -> Tensors:
         """k, v, q ``(B, H, C, d)`` and η, α ``(B, H, C)``."""
-        k, v, q = unit(raw["k"]), unit(raw["v"]), unit(raw["q"])
-        bias = self.eta_bias.to(k.dtype)[:, None]
-        eta = self.eta_max * torch.sigmoid(raw["eta"] + bias)
-        if self.alpha_bias is None:
-            return k, v, q, eta, torch.ones_like(eta)
-        return k, v, q, eta, torch.sigmoid(raw["alpha"] + self.alpha_bias.to(k.dtype)[:, None])
+        roles = {name: self.role(name, value) for name, value in raw.items()}
+        if not self.weight_decay:
+            roles["alpha"] = torch.ones_like(roles["eta"])
+        return tuple(roles[name] for name in ROLES)
+
+    def role(self, name: str, raw: Tensor) -> Tensor:
+        """One role from its raw answer."""
+        if name in VECTORS:
+            return unit(raw)
+        gate = torch.sigmoid(raw + self.bias(name, raw.dtype)[:, None])
+        return self.eta_max * gate if name == "eta" else gate
+
+    def bias(self, name: str, dtype: torch.dtype) -> Tensor:
+        """What is added to the raw answer of η or α, ``(H,)``."""
+        bias = self.eta_bias if name == "eta" else self.alpha_bias
+        assert bias is not None
+        return bias.to(dtype)
