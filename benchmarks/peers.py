@@ -57,15 +57,15 @@ def install() -> None:
         _run([*pip, "--no-deps", *BARE])
 
 
-def start(threads: int, log: Path | None = None) -> Worker | None:
-    """The peers' worker, after installing them if need be; None (and a line why) if that fails."""
-    try:
-        if not ready():
-            install()
-    except (RuntimeError, OSError) as error:
-        print(f"peers are left out: {error}")
-        return None
-    return Worker(PYTHON, HERE / "worker_peers.py", threads, log)
+def python() -> Path:
+    """The environment's interpreter, after installing it if need be.
+
+    Raises:
+        RuntimeError: an install step failed.
+    """
+    if not ready():
+        install()
+    return PYTHON
 
 
 def _run(command: list[str]) -> None:
@@ -80,8 +80,8 @@ if __name__ == "__main__":
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--check", action="store_true", help="install nothing, report only")
-    if not parser.parse_args().check and not ready():
-        install()
+    if not parser.parse_args().check:
+        python()
     if not ready():
         raise SystemExit("the peers' environment is missing; run without --check to create it")
     worker = Worker(PYTHON, HERE / "worker_peers.py", 1)

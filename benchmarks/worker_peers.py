@@ -1,6 +1,7 @@
 """Training steps of other people's code, as installed from PyPI into ``.peers-venv``.
 
-Run by ``peers.py``; answers requests on standard input (see ``serve.py``).
+Run by ``train_speed.py`` in the environment ``peers.py`` makes, one process for each cell; answers
+requests on standard input (see ``serve.py``).
 """
 
 from __future__ import annotations
