@@ -21,6 +21,7 @@ VARIANTS = {
     "self_modifying, few options": {
         "memory_objective": "l2",
         "memory_rule": "gd",
+        "memory_retention": "zero",
         "memory_weight_decay": False,
         "memory_adaptive": ["v"],
         "memory_depth": 1,

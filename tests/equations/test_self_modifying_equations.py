@@ -32,6 +32,11 @@ VARIANTS = [
     {"readout": "token", "memory_chunk": 5, "memory_depth": 3},
     {"readout": "token", "momentum": True},
     {"eta_max": 0.3},
+    {"retention": "zero"},
+    {"retention": "zero", "readout": "token", "objective": "l2", "memory_depth": 3},
+    {"retention": "zero", "momentum": True, "readout": "token"},
+    {"retention": "zero", "rule": "gd", "momentum": True},
+    {"retention": "zero", "memory_chunk": 1, "projection_chunk": 1},
 ]
 
 
@@ -63,7 +68,7 @@ class Memory:
     token-level read-out sees (after the token's write, before the guard at the chunk's end)."""
 
     def __init__(self, weights, group, beta):
-        self.start = self.now = list(weights)
+        self.start = self.now = self.initial = list(weights)
         self.bounds = [w.detach().norm(dim=1, keepdim=True).clamp(min=1.0) for w in weights]
         self.momentum = [torch.zeros_like(w) for w in weights]
         self.chunk, self.rule, self.beta, self.count = group.chunk, group.rule, beta, 0
@@ -81,13 +86,14 @@ class Memory:
         new = []
         for i, a in enumerate(layer_inputs(self.start, k)):
             step = eta / (1 + eta * a.square().sum())
-            decay = alpha * torch.eye(len(a), dtype=a.dtype)
+            home = self.initial[i] if self.rule.retention == "initial" else 0
+            kept = home + alpha * (self.now[i] - home)
             if self.rule.delta:
-                decay = decay - step * torch.outer(a, a)
+                kept = kept - step * self.now[i] @ torch.outer(a, a)
             change = -step * inner[i]
             if self.beta is not None:
                 change = self.momentum[i] = self.beta * self.momentum[i] + change
-            new.append(self.now[i] @ decay + change)
+            new.append(kept + change)
         self.now = self.read = new
         self.count += 1
         if self.count % self.chunk == 0:

@@ -32,6 +32,9 @@ VARIANTS = [
     {"chunk": 4, "adaptive": (), "weight_decay": False},
     {"chunk": 33, "adaptive": ("v", "alpha")},
     {"chunk": 64, "memory_width": 48},
+    {"chunk": 1, "retention": "zero"},
+    {"chunk": 16, "retention": "zero", "objective": "l2", "memory_depth": 3},
+    {"chunk": 4, "retention": "zero", "memory_depth": 1, "readout": "chunk"},
 ]
 
 

@@ -44,6 +44,7 @@ def _self_modifying(config: Any) -> nn.Module:
         rule=config.memory_rule,
         momentum=config.memory_momentum,
         weight_decay=config.memory_weight_decay,
+        retention=config.memory_retention,
         adaptive=tuple(config.memory_adaptive),
         eta_max=config.eta_max,
         conv_size=config.conv_size,

@@ -92,6 +92,10 @@ class MemoryGroup(nn.Module):
             weights[0] = weights[0] * self.size**0.5
         return tuple(weights)
 
+    def anchors(self, dtype: torch.dtype) -> Tensors | None:
+        """What retention pulls to: the initial states, or None for zero."""
+        return self.initial_weights(dtype) if self.rule.retention == "initial" else None
+
     def bounds(self, dtype: torch.dtype) -> Tensors:
         """Row-norm bounds of the fast weights: the initial norm, at least 1."""
         return tuple(
@@ -126,17 +130,21 @@ class MemoryGroup(nn.Module):
         if self.momentum_logit is not None:
             beta = self.momentum_logit.to(eta.dtype).sigmoid()[:, None].expand_as(eta)
         split = len(self.initial)
-        return chunk_writes(self.rule, memory[:split], memory[split:], k, v, eta, alpha, beta)
+        anchors = self.anchors(eta.dtype)
+        weights, momenta = memory[:split], memory[split:]
+        return chunk_writes(self.rule, weights, momenta, k, v, eta, alpha, beta, anchors)
 
     def write(self, memory: Tensors, written: Tensors) -> Tensors:
         """The memories after one full chunk."""
         if self.is_plain:
-            return self.guard(write(self.rule, memory, *written).weights)
+            anchors = self.anchors(memory[0].dtype)
+            return self.guard(write(self.rule, memory, *written, anchors).weights)
         return self.finish(self.chunk_writes(memory, written), memory)
 
     def finish(self, writes: list[ChunkWrite], memory: Tensors) -> Tensors:
         """Guarded weights and momenta after a chunk."""
-        weights, momenta = finish_write(writes, memory[: len(self.initial)])
+        weights = memory[: len(self.initial)]
+        weights, momenta = finish_write(writes, weights, self.anchors(weights[0].dtype))
         return self.guard(weights) + momenta
 
     def guard(self, weights: Tensors) -> Tensors:
@@ -211,6 +219,7 @@ class ProjectionCell:
             plan,
             memory,
             memories.bounds(dtype),
+            memories.anchors(dtype),
             {n: t for n, t in roles.items() if n != "q"},
             inputs[0],
             {r: memories.readout[r].to(dtype) for r in scalars},
@@ -259,19 +268,20 @@ class MainMemory(MemoryGroup):
         """Any number of whole chunks at once."""
         plan = native.Plan(self.chunk, self.rule.objective, token=self.readout == "token")
         roles = dict(zip(ROLES, inputs, strict=True))
-        bounds = self.bounds(memory[0].dtype)
-        _, out, memory = native.run_chunks(plan, memory, bounds, roles)
+        bounds, anchors = self.bounds(memory[0].dtype), self.anchors(memory[0].dtype)
+        _, out, memory = native.run_chunks(plan, memory, bounds, anchors, roles)
         assert out is not None
         return (out,), memory
 
     def _read_written(self, memory: Tensors, rows: Tensors, q: Tensor) -> tuple[Tensor, Tensors]:
         """``M_t(q_t)`` for the last tokens of ``rows``, and the memory after all of them."""
         if self.is_plain:
-            done = write(self.rule, memory, *rows)
-            return respond_after(memory, done, q.mT).mT, self.guard(done.weights)
+            done = write(self.rule, memory, *rows, self.anchors(q.dtype))
+            return respond_after(done, q.mT).mT, self.guard(done.weights)
         count = q.shape[2]
         writes = self.chunk_writes(memory, rows)
-        out = respond_per_token(writes, F.pad(q, (0, 0, rows[0].shape[2] - count, 0)))
+        padded = F.pad(q, (0, 0, rows[0].shape[2] - count, 0))
+        out = respond_per_token(writes, padded, self.anchors(q.dtype))
         return out[:, :, -count:], self.finish(writes, memory)
 
 

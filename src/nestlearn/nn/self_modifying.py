@@ -79,6 +79,8 @@ class SelfModifyingTitans(nn.Module):
         rule: ``"dgd"``, or ``"gd"`` (plain gradient descent: Tab. 6 "w/o DGD").
         momentum: ``S ← β S − η ∇L`` in the place of the gradient (Tab. 6), β learned per head.
         weight_decay: False fixes α = 1 (Tab. 6).
+        retention: what α pulls a memory to: ``"initial"``, its meta-learned initial state M_0, so
+            that α M reads M_0 + α (M - M_0) above; ``"zero"``, the literal form.
         adaptive: roles among k, v, q, eta, alpha that have a memory; others are linear maps.
         eta_max: largest inner learning rate.
         conv_size: window of the causal convolution before the projections.
@@ -115,6 +117,7 @@ class SelfModifyingTitans(nn.Module):
         rule: str = "dgd",
         momentum: bool = False,
         weight_decay: bool = True,
+        retention: str = "initial",
         adaptive: tuple[str, ...] = ("k", "v", "eta", "alpha"),
         eta_max: float = 1.0,
         conv_size: int = 4,
@@ -126,6 +129,7 @@ class SelfModifyingTitans(nn.Module):
         _choose("objective", objective, ("dot", "l2"))
         _choose("readout", readout, ("chunk", "token"))
         _choose("rule", rule, ("dgd", "gd"))
+        _choose("retention", retention, ("initial", "zero"))
         for role in adaptive:
             _choose("adaptive role", role, ROLES)
         for name, chunk in (("memory_chunk", memory_chunk), ("projection_chunk", projection_chunk)):
@@ -142,7 +146,7 @@ class SelfModifyingTitans(nn.Module):
             size=size,
             depth=memory_depth,
             width=memory_width or size,
-            rule=WriteRule(objective, rule == "dgd"),
+            rule=WriteRule(objective, rule == "dgd", retention),
             momentum=momentum,
         )
         self.conv = CausalConv(dim, conv_size)

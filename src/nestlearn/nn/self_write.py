@@ -25,6 +25,8 @@ class WriteRule:
     """How a group is written.
 
     Attributes:
+        retention: what α pulls to, ``"initial"``: the meta-learned initial state M_0,
+            ``M_t = M_0 + alpha (M_{t-1} - M_0) - ...``; ``"zero"``: ``M_t = alpha M_{t-1} - ...``.
         objective: ``"dot"``: ``-<M(k), v̂>`` or ``"l2"``: ``1/2 ||M(k) - v̂||^2``.
         delta: True: ``M (alpha I - eta' a a^T) - eta' g a^T`` (DGD, Eq. 88); False: gradient
             descent, ``alpha M - eta' g a^T``.
@@ -32,6 +34,7 @@ class WriteRule:
 
     objective: str = "dot"
     delta: bool = True
+    retention: str = "initial"
 
 
 def respond(weights: Tensors, x: Tensor) -> Tensor:
@@ -93,12 +96,16 @@ class Written:
 
     Attributes:
         weights: after the chunk, ``(B, H, N, out, in)``.
+        fading: the part of the weights before the chunk that retention acts on.
+        anchors: the other part, ``(H, N, out, in)``; None: all fades.
         inputs, terms: ``a (B, H, N, in, C)`` (first layer: ``(B, H, d, C)``) and ``u``, see
             `dgd_write`.
         decay: retention, to broadcast over memories; ``tall``: without their axis.
     """
 
     weights: Tensors
+    fading: Tensors
+    anchors: Tensors | None
     inputs: list[Tensor]
     terms: list[Tensor]
     decay: ChunkDecay
@@ -112,40 +119,61 @@ def write(
     values: Tensor,
     eta: Tensor,
     alpha: Tensor,
+    anchors: Tensors | None = None,
 ) -> Written:
     """One chunk of DGD without momentum: what `chunk_writes` computes, on the hot path."""
     inputs, grads, responses = inner_gradients(rule, weights, keys, values)
+    fading = weights
+    if anchors is not None:
+        # With M = anchor + D the rule for D is DGD again, the anchor's response joining the
+        # gradient: D <- D (alpha I - eta' a a^T) - eta' (g + anchor a) a^T.
+        fixed = _anchored(anchors, inputs)
+        fading = tuple(w - a for w, a in zip(weights, anchors, strict=True))
+        grads = [g + f for g, f in zip(grads, fixed, strict=True)]
+        responses = [r - f for r, f in zip(responses, fixed, strict=True)]
     tall = ChunkDecay.from_alpha(alpha)
     # All first layers read the key: one tall memory (B, H, N out, d), one factorisation.
     first, u = dgd_write(
-        _tall(weights[0]), inputs[0], _tall(grads[0]), _tall(responses[0]), eta, tall
+        _tall(fading[0]), inputs[0], _tall(grads[0]), _tall(responses[0]), eta, tall
     )
     new, terms = [first.view_as(weights[0])], [u]
     eta, decay = eta.unsqueeze(2), tall.unsqueeze(2)
-    for w, a, g, r in zip(weights[1:], inputs[1:], grads[1:], responses[1:], strict=True):
+    for w, a, g, r in zip(fading[1:], inputs[1:], grads[1:], responses[1:], strict=True):
         after, u = dgd_write(w, a, g, r, eta, decay)
         new.append(after)
         terms.append(u)
-    return Written(tuple(new), inputs, terms, decay, tall)
+    if anchors is not None:
+        new = [w + a for w, a in zip(new, anchors, strict=True)]
+    return Written(tuple(new), fading, anchors, inputs, terms, decay, tall)
 
 
-def respond_after(weights: Tensors, written: Written, x: Tensor) -> Tensor:
+def respond_after(written: Written, x: Tensor) -> Tensor:
     """``M_t(x_t)`` of a group of one memory, each token after its own write.
 
     Args:
-        weights: before the chunk, ``(B, H, 1, out, in)``.
         written: the chunk, of which ``x (B, H, d, n)`` are the last n tokens.
 
     Returns:
         ``(B, H, d, n)``.
     """
-    tall = [w.squeeze(2) for w in weights]
-    y = read_per_token(tall[0], written.inputs[0], written.terms[0], x, written.tall)
-    if len(tall) == 1:
-        return y
-    for w, a, u in zip(tall[1:], written.inputs[1:], written.terms[1:], strict=True):
-        y = read_per_token(w, a.squeeze(2), u.squeeze(2), F.silu(y), written.tall)
-    return x + y
+    y = x
+    for layer, (w, u) in enumerate(zip(written.fading, written.terms, strict=True)):
+        if layer == 0:
+            source, a = x, written.inputs[0]
+        else:
+            source, a, u = F.silu(y), written.inputs[layer].squeeze(2), u.squeeze(2)
+        y = read_per_token(w.squeeze(2), a, u, source, written.tall)
+        if written.anchors is not None:
+            y = y + written.anchors[layer].squeeze(1) @ source
+    return y if len(written.fading) == 1 else x + y
+
+
+def _anchored(anchors: Tensors, inputs: list[Tensor]) -> list[Tensor]:
+    """Responses of the anchors, ``(B, H, N, out, C)`` per layer."""
+    first = anchors[0].flatten(1, 2) @ inputs[0]
+    count = anchors[0].shape[1]
+    rest = [w @ a for w, a in zip(anchors[1:], inputs[1:], strict=True)]
+    return [first.unflatten(2, (count, -1)), *rest]
 
 
 def chunk_writes(
@@ -157,6 +185,7 @@ def chunk_writes(
     eta: Tensor,
     alpha: Tensor,
     beta: Tensor | None,
+    anchors: Tensors | None = None,
 ) -> list[ChunkWrite]:
     """One chunk of self-referential writes to all memories of a group (Eq. 84-88, 90-93).
 
@@ -167,27 +196,41 @@ def chunk_writes(
         keys, values: ``(B, H, C, d)``, of norm 1.
         eta, alpha: ``(B, H, C)``.
         beta: momentum decay ``(B, H, C)``; needed with ``momenta``.
+        anchors: what retention pulls to, ``(H, N, out, in)`` per layer; None: zero.
 
     Returns:
-        The write of every layer; the first layers of all memories are one tall
-        ``(B, H, N out, d)``.
+        The write of every layer, to the weights less their anchors; the first layers of all
+        memories are one tall ``(B, H, N out, d)``.
     """
     inputs, grads, responses = inner_gradients(rule, weights, keys, values)
+    fixed: list[Tensor | None] = [None] * len(weights)
+    if anchors is not None:
+        found = _anchored(anchors, inputs)
+        weights = tuple(w - a for w, a in zip(weights, anchors, strict=True))
+        responses = [r - f for r, f in zip(responses, found, strict=True)]
+        fixed = [*found]
     writes = []
-    for layer, (w, a, g, r) in enumerate(zip(weights, inputs, grads, responses, strict=True)):
+    layers = zip(weights, inputs, grads, responses, fixed, strict=True)
+    for layer, (w, a, g, r, f) in enumerate(layers):
         s = momenta[layer] if momenta else None
         if layer == 0:
-            w, g, r, s = _tall(w), _tall(g), _tall(r), None if s is None else _tall(s)
+            w, g, r = _tall(w), _tall(g), _tall(r)
+            s, f = (None if t is None else _tall(t) for t in (s, f))
         elif layer == 1:
             eta, alpha = eta.unsqueeze(2), alpha.unsqueeze(2)
             beta = None if beta is None else beta.unsqueeze(2)
-        writes.append(_write_layer(rule, w, s, a.mT, g.mT, r.mT, eta, alpha, beta))
+        offset = None if f is None else f.mT
+        writes.append(_write_layer(rule, w, s, a.mT, g.mT, r.mT, offset, eta, alpha, beta))
     return writes
 
 
-def finish_write(writes: list[ChunkWrite], weights: Tensors) -> tuple[Tensors, Tensors]:
+def finish_write(
+    writes: list[ChunkWrite], weights: Tensors, anchors: Tensors | None
+) -> tuple[Tensors, Tensors]:
     """Weights and momenta after a chunk, in the shapes of ``weights``."""
     new = tuple(c.memory.view_as(w) for c, w in zip(writes, weights, strict=True))
+    if anchors is not None:
+        new = tuple(w + a for w, a in zip(new, anchors, strict=True))
     momenta = tuple(
         c.momentum.view_as(w)
         for c, w in zip(writes, weights, strict=True)
@@ -196,14 +239,15 @@ def finish_write(writes: list[ChunkWrite], weights: Tensors) -> tuple[Tensors, T
     return new, momenta
 
 
-def respond_per_token(writes: list[ChunkWrite], x: Tensor) -> Tensor:
+def respond_per_token(writes: list[ChunkWrite], x: Tensor, anchors: Tensors | None) -> Tensor:
     """What `respond_after` computes, for writes of any rule: rows ``(B, H, C, d)``."""
-    y = writes[0].read(x)
-    if len(writes) == 1:
-        return y
-    for chunk in writes[1:]:
-        y = chunk.read(F.silu(y).unsqueeze(2)).squeeze(2)
-    return x + y
+    y = x
+    for layer, chunk in enumerate(writes):
+        source = x if layer == 0 else F.silu(y)
+        y = chunk.read(source) if layer == 0 else chunk.read(source.unsqueeze(2)).squeeze(2)
+        if anchors is not None:
+            y = y + source @ anchors[layer].squeeze(1).mT
+    return y if len(writes) == 1 else x + y
 
 
 def _tall(t: Tensor) -> Tensor:
@@ -218,6 +262,7 @@ def _write_layer(
     inputs: Tensor,
     grad: Tensor,
     response: Tensor,
+    offset: Tensor | None,
     eta: Tensor,
     alpha: Tensor,
     beta: Tensor | None,
@@ -226,4 +271,14 @@ def _write_layer(
     step = proximal(eta, inputs)
     if not rule.delta:
         return gradient_chunk(weight, inputs, grad, step, alpha, S=momentum, beta=beta)
-    return dgd_chunk(weight, inputs, grad, step, alpha, S=momentum, beta=beta, response=response)
+    return dgd_chunk(
+        weight,
+        inputs,
+        grad,
+        step,
+        alpha,
+        S=momentum,
+        beta=beta,
+        response=response,
+        offset=offset,
+    )

@@ -177,6 +177,7 @@ def dgd_chunk(
     beta: Tensor | None = None,
     factor: Factor | None = None,
     response: Tensor | None = None,
+    offset: Tensor | None = None,
 ) -> ChunkWrite:
     """Delta gradient descent over a chunk (SPEC §4, Eq. 88-93), exact.
 
@@ -196,6 +197,8 @@ def dgd_chunk(
         beta: momentum decay in [0, 1], ``(..., C)``.
         factor: `dgd_factor` of ``(K, decay_eta, alpha)``, to share it between memories.
         response: ``K M^T (..., C, d_out)`` if it is known already.
+        offset: ``b (..., C, d_out)``: the decay term is ``decay_eta_t (M_{t-1} k_t + b_t) k_t^T``,
+            for a memory that is the sum of M and of something fixed with response b.
 
     Example:
         >>> M, K, G = torch.zeros(2, 3), torch.eye(3), torch.ones(3, 2)
@@ -211,6 +214,8 @@ def dgd_chunk(
     if response is None:
         response = product(K, M.mT)
     right = -scale_rows(decay * previous(log_gamma).exp(), response)
+    if offset is not None:
+        right = right - scale_rows(decay, offset)
     if S is None:
         u = factor.inverse @ (right + step)
         return ChunkWrite(M, log_gamma.exp(), K, ((mix, u),))

@@ -77,6 +77,7 @@ _OWNED = {
         "memory_rule",
         "memory_momentum",
         "memory_weight_decay",
+        "memory_retention",
         "memory_adaptive",
         "eta_max",
     ),
@@ -100,6 +101,7 @@ class HopeConfig(PreTrainedConfig):
             values, eta and alpha (SPEC §5). 1 is the exact recurrence.
         memory_objective: ``"dot"`` or ``"l2"``; memory_readout: ``"chunk"`` or ``"token"``;
         memory_rule: ``"dgd"`` or ``"gd"``; memory_momentum, memory_weight_decay: Tab. 6's variants.
+        memory_retention: what forgetting returns to, ``"initial"`` (the learned state) or ``"zero"``.
         memory_adaptive: which projections are memories, of ``"k", "v", "q", "eta", "alpha"``.
         eta_max: largest inner learning rate; conv_size: window of the causal convolution.
         sliding_window: attention sees this many latest tokens; None: all.
@@ -135,6 +137,7 @@ class HopeConfig(PreTrainedConfig):
     memory_rule: str = "dgd"
     memory_momentum: bool = False
     memory_weight_decay: bool = True
+    memory_retention: str = "initial"
     memory_adaptive: list[str] | tuple[str, ...] = ("k", "v", "eta", "alpha")
     eta_max: float = 1.0
     conv_size: int = 4
@@ -217,6 +220,7 @@ class HopeConfig(PreTrainedConfig):
             "memory_objective": ("dot", "l2"),
             "memory_readout": ("chunk", "token"),
             "memory_rule": ("dgd", "gd"),
+            "memory_retention": ("initial", "zero"),
             "cms_kind": ("sequential", "nested", "independent"),
         }.items():
             value = getattr(self, field)

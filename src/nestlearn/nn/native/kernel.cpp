@@ -22,6 +22,7 @@ struct Problem {
     double eta_max;
     std::atomic<int64_t> next;  // unit that no thread has taken yet
     void* weights[MAX_DEPTH];      // per layer (units, N, out, in): the state, updated in place
+    void* anchors[MAX_DEPTH];      // (heads, N, out, in): what retention pulls to; null: zero
     void* bounds[MAX_DEPTH];       // (heads, N, out)
     void* trajectory[MAX_DEPTH];   // (units, chunks, N, out, in): at every chunk's start
     void* row_scales[MAX_DEPTH];   // (units, chunks, N, out)
@@ -31,6 +32,7 @@ struct Problem {
     void* readout[2];              // (heads, d): eta, alpha
     void* bias[2];                 // (heads)
     void* g_weights[MAX_DEPTH];    // in: by the last state; out: by the first
+    void* g_anchors[MAX_DEPTH];    // (units, N, out, in)
     void* g_x;
     void* g_roles[ROLES];          // generated roles: in; given roles: out
     void* g_out;
@@ -71,6 +73,7 @@ class Unit {
                     limit[l] = at(p.bounds[l], ((unit % p.heads) * p.count + n) * shape.out(l));
                     scale[l] = row_scale(l, unit, i, n);
                 }
+                anchor(unit, n);
                 memory.write(W);
                 if (p.out) {
                     transpose(C, d, token(p.roles[QUERY], unit, i, d), x);
@@ -125,6 +128,14 @@ class Unit {
                    : nullptr;
     }
 
+    void anchor(long unit, long n) {
+        for (long l = 0; l < p.depth; l++) {
+            if (!p.anchors[l]) continue;
+            memory.anchor[l] = at(p.anchors[l], ((unit % p.heads) * p.count + n) * elements[l]);
+            if (p.g_anchors[l]) memory.g_anchor[l] = weight(p.g_anchors, l, unit, n);
+        }
+    }
+
     void prepare(long unit, long i) {
         chunk.prepare(token(p.roles[KEY], unit, i, d), token(p.roles[VALUE], unit, i, d),
                       token(p.roles[ETA], unit, i, 1), token(p.roles[ALPHA], unit, i, 1));
@@ -164,6 +175,7 @@ class Unit {
             g_W[l] = weight(p.g_weights, l, unit, n);
             scale[l] = row_scale(l, unit, i, n);
         }
+        anchor(unit, n);
         memory.clear_gradients();
         memory.write(W);
         if (p.out) {

@@ -40,14 +40,15 @@ class _Problem(ctypes.Structure):
         ("memory_of", ctypes.c_int64 * len(ROLES)),
         ("eta_max", ctypes.c_double),
         ("next", ctypes.c_int64),
-        *((n, ctypes.c_void_p * MAX_DEPTH) for n in ("weights", "bounds", "trajectory")),
+        *((n, ctypes.c_void_p * MAX_DEPTH) for n in ("weights", "anchors", "bounds")),
+        ("trajectory", ctypes.c_void_p * MAX_DEPTH),
         ("row_scales", ctypes.c_void_p * MAX_DEPTH),
         ("x", ctypes.c_void_p),
         ("roles", ctypes.c_void_p * len(ROLES)),
         ("out", ctypes.c_void_p),
         ("readout", ctypes.c_void_p * 2),
         ("bias", ctypes.c_void_p * 2),
-        ("g_weights", ctypes.c_void_p * MAX_DEPTH),
+        *((n, ctypes.c_void_p * MAX_DEPTH) for n in ("g_weights", "g_anchors")),
         ("g_x", ctypes.c_void_p),
         ("g_roles", ctypes.c_void_p * len(ROLES)),
         ("g_out", ctypes.c_void_p),
@@ -116,6 +117,7 @@ def run_chunks(
     plan: Plan,
     weights: Tensors,
     bounds: Tensors,
+    anchors: Tensors | None,
     roles: dict[str, Tensor],
     x: Tensor | None = None,
     readouts: dict[str, Tensor] | None = None,
@@ -127,6 +129,7 @@ def run_chunks(
         plan: what kind of group.
         weights: per layer ``(B, H, N, out, in)``, before the first token.
         bounds: row-norm bounds ``(H, N, out, 1)`` per layer.
+        anchors: what retention pulls to, ``(H, N, out, in)`` per layer; None: zero.
         roles: those that are given: vectors ``(B, H, T, d)`` of norm 1, scalars ``(B, H, T)``; T is
             a multiple of C.
         x: what the memories generate the other roles from, ``(B, H, T, d)``.
@@ -140,13 +143,14 @@ def run_chunks(
     names = tuple(roles)
     tensors = [
         *weights,
+        *(anchors or ()),
         *(roles[n] for n in names),
         *(() if x is None else (x,)),
         *(group[n] for group in (readouts, biases) for n in ("eta", "alpha") if n in group),
     ]
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     scalars = tuple(n for n in ("eta", "alpha") if n in readouts)
-    results = _Run.apply(plan, bounds, names, scalars, keep, len(weights), *tensors)
+    results = _Run.apply(plan, bounds, names, scalars, keep, anchors is not None, *tensors)
     made = dict(zip(plan.generated, results, strict=False))
     rest = results[len(plan.generated) :]
     if plan.generated:
@@ -156,13 +160,15 @@ def run_chunks(
 
 class _Run(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, plan, bounds, names, scalars, keep, depth, *tensors):
-        tensors = tuple(t.contiguous() for t in tensors)
-        weights = [w.clone() for w in tensors[:depth]]
+    def forward(ctx: Any, plan, bounds, names, scalars, keep, anchored, *tensors):
+        depth = len(bounds)
+        rest = [t.contiguous() for t in tensors]
+        weights = [w.clone() for w in _take(rest, depth)]
+        saved = list(rest)
+        anchors = _take(rest, depth) if anchored else []
         batch, heads, count, *_ = weights[0].shape
-        given = dict(zip(names, tensors[depth:], strict=False))
-        rest = tensors[depth + len(names) :]
-        x = rest[0] if plan.generated else None
+        given = dict(zip(names, _take(rest, len(names)), strict=True))
+        x = rest.pop(0) if plan.generated else None
         like = given["k"] if x is None else x
         length, size = like.shape[2:]
         chunks = length // plan.chunk
@@ -176,14 +182,15 @@ class _Run(torch.autograd.Function):
         if keep:
             trajectory = [w.new_empty(batch, heads, chunks, *w.shape[2:]) for w in weights]
             scales = [w.new_empty(batch, heads, chunks, *w.shape[2:4]) for w in weights]
-        ctx.plan, ctx.names, ctx.scalars, ctx.depth = plan, names, scalars, depth
-        problem = _problem(ctx, weights, roles, out, x, rest[1:], trajectory, scales)
+        ctx.plan, ctx.names, ctx.scalars = plan, names, scalars
+        ctx.depth, ctx.anchored = depth, anchored
+        problem = _problem(ctx, weights, anchors, roles, out, x, rest, trajectory, scales)
         bounds = [b.to(like.dtype).contiguous() for b in bounds]
         _point(problem.bounds, bounds)
         _call("forward", problem, like.dtype)
         results = (*(roles[n] for n in plan.generated), *(() if out is None else (out,)), *weights)
         if keep:
-            ctx.save_for_backward(*tensors[depth:], *trajectory, *scales, *results)
+            ctx.save_for_backward(*saved, *trajectory, *scales, *results)
         return results
 
     @staticmethod
@@ -191,6 +198,7 @@ class _Run(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor):
         plan, names, depth = ctx.plan, ctx.names, ctx.depth
         saved = list(ctx.saved_tensors)
+        anchors = _take(saved, depth) if ctx.anchored else []
         given = dict(zip(names, _take(saved, len(names)), strict=True))
         x = saved.pop(0) if plan.generated else None
         gates = _take(saved, 2 * len(ctx.scalars))
@@ -204,7 +212,9 @@ class _Run(torch.autograd.Function):
         g_x = None if x is None else torch.empty_like(x)
         batch, heads = trajectory[0].shape[:2]
         g_gates = [g.new_zeros(batch, *g.shape) for g in gates]
-        problem = _problem(ctx, saved, roles, out, x, gates, trajectory, scales)
+        g_anchors = [a.new_zeros(batch, *a.shape) for a in anchors]
+        problem = _problem(ctx, saved, anchors, roles, out, x, gates, trajectory, scales)
+        _point(problem.g_anchors, g_anchors)
         _point(problem.g_weights, g_weights)
         for name, grad in (g_roles | dict(zip(plan.generated, grads, strict=False))).items():
             problem.g_roles[ROLES.index(name)] = grad.data_ptr()
@@ -215,11 +225,12 @@ class _Run(torch.autograd.Function):
         _point_gates(ctx.scalars, g_gates, problem.g_readout, problem.g_bias)
         _call("backward", problem, trajectory[0].dtype)
         g_rest = () if g_x is None else (g_x,)
-        summed = tuple(g.sum(0) for g in g_gates)
-        return (None,) * 6 + (*g_weights, *(g_roles[n] for n in names), *g_rest, *summed)
+        shared, summed = ([g.sum(0) for g in group] for group in (g_anchors, g_gates))
+        given_back = (g_roles[n] for n in names)
+        return (None,) * 6 + (*g_weights, *shared, *given_back, *g_rest, *summed)
 
 
-def _problem(ctx, weights, roles, out, x, gates, trajectory, scales) -> _Problem:
+def _problem(ctx, weights, anchors, roles, out, x, gates, trajectory, scales) -> _Problem:
     plan = ctx.plan
     first, last = weights[0], weights[-1]
     batch, heads, count = first.shape[:3]
@@ -242,6 +253,7 @@ def _problem(ctx, weights, roles, out, x, gates, trajectory, scales) -> _Problem
         if role in roles:
             problem.roles[i] = roles[role].data_ptr()
     _point(problem.weights, weights)
+    _point(problem.anchors, anchors)
     _point(problem.trajectory, trajectory)
     _point(problem.row_scales, scales)
     if out is not None:

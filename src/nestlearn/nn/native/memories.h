@@ -184,13 +184,17 @@ struct Chunk {
 template <typename T>
 class Memory {
    public:
+    // What retention pulls to, by layer, (out, in); null: zero. Gradients are added to g_anchor.
+    const T* anchor[MAX_DEPTH] = {};
+    T* g_anchor[MAX_DEPTH] = {};
+
     Memory(const Shape& s, Chunk<T>& c, Arena<T>& arena) : shape(s), chunk(c), C(s.chunk) {
         const long n = s.widest() * C;
         for (long l = 0; l < s.depth; l++) {
             for (T** buffer : {&a[l], &a_gate[l], &response[l], &b[l], &b_gate[l], &z[l], &grad[l],
                                &product[l], &u[l], &g_a[l], &g_response[l], &g_grad[l], &g_u[l],
                                &read_in[l], &read_gate[l], &read_plain[l], &read_out[l],
-                               &g_read[l]})
+                               &g_read[l], &fixed[l], &read_fixed[l], &g_fixed[l]})
                 *buffer = arena.take(n);
             for (T** buffer : {&gram[l], &inverse_t[l], &scores[l], &raw_scores[l]})
                 *buffer = arena.take(C * C);
@@ -262,9 +266,12 @@ class Memory {
                 chunk.solve(gram[l], step[l], inverse_t[l]);
             }
             const T *r = response[l], *error = grad[l], *before = chunk.before, *s = step[l];
+            const T* f = fixed[l];  // zero without an anchor
+            if (anchor[l]) nn(shape.out(l), C, shape.in(l), anchor[l], a[l], fixed[l]);
             T* x = one;
-            each(shape.out(l), C,
-                 [=](long i, long c) { x[i] = -s[c] * (error[i] + before[c] * r[i]); });
+            each(shape.out(l), C, [=](long i, long c) {
+                x[i] = -s[c] * (error[i] + f[i] + before[c] * (r[i] - f[i]));
+            });
             nn(shape.out(l), C, C, x, inverse_t[l], u[l]);
         }
     }
@@ -281,6 +288,8 @@ class Memory {
                 rows = two;
             }
             each(1, out * in, [=](long i, long) { w[i] *= total; });
+            if (const T* to = anchor[l])
+                each(1, out * in, [=](long i, long) { w[i] += (1 - total) * to[i]; });
             nn(out, in, C, weighted, rows, w, true);
             for (long r = 0; r < out; r++) {
                 T* row = w + r * in;
@@ -307,7 +316,9 @@ class Memory {
             tn(C, C, in, read_in[l], a[l], raw);
             each(C, C, [=](long i, long) { score[i] = raw[i] * mix[i]; });
             nn(out, C, in, W[l], read_in[l], plain);
-            each(out, C, [=](long i, long c) { y[i] = plain[i] * after[c]; });
+            T* f = read_fixed[l];
+            if (anchor[l]) nn(out, C, in, anchor[l], read_in[l], f);
+            each(out, C, [=](long i, long c) { y[i] = f[i] + after[c] * (plain[i] - f[i]); });
             transpose(C, C, score, square_one);
             nn(out, C, C, u[l], square_one, y, true);
             if (l + 1 < shape.depth) activate(out, y, read_in[l + 1], read_gate[l + 1]);
@@ -344,9 +355,16 @@ class Memory {
             nn(in, C, C, read_in[l], g_score, g_a[l], true);
             transpose(C, C, g_score, square_two);
             nn(in, C, C, a[l], square_two, g_x);
-            sum_rows(out, C, chunk.g_after, true, [=](long i, long) { return g_y[i] * plain[i]; });
-            each(out, C, [=](long i, long c) { g_y[i] *= after[c]; });
+            const T* f = read_fixed[l];
+            T* g_f = g_fixed[l];
+            sum_rows(out, C, chunk.g_after, true,
+                     [=](long i, long) { return g_y[i] * (plain[i] - f[i]); });
+            each(out, C, [=](long i, long c) {
+                g_f[i] = g_y[i] * (1 - after[c]);
+                g_y[i] *= after[c];
+            });
             tn(in, C, out, W[l], g_y, g_x, true);
+            if (anchor[l]) tn(in, C, out, anchor[l], g_f, g_x, true);
             if (l > 0) {
                 const T *value = read_in[l], *gate = read_gate[l];
                 T* to = g_read[l - 1];
@@ -363,6 +381,7 @@ class Memory {
         for (long l = 0; l < shape.depth; l++) {
             transpose(shape.in(l), C, read_in[l], one);
             nn(shape.out(l), shape.in(l), C, g_read[l], one, g_W[l], true);
+            if (anchor[l]) nn(shape.out(l), shape.in(l), C, g_fixed[l], one, g_anchor[l], true);
         }
     }
 
@@ -403,6 +422,8 @@ class Memory {
     T* g_step[MAX_DEPTH];
     // token-level read-out
     T *read_in[MAX_DEPTH], *read_gate[MAX_DEPTH], *read_plain[MAX_DEPTH], *read_out[MAX_DEPTH];
+    // responses of the anchors, in `write` and in the read-out
+    T *fixed[MAX_DEPTH], *read_fixed[MAX_DEPTH], *g_fixed[MAX_DEPTH];
     T *scores[MAX_DEPTH], *raw_scores[MAX_DEPTH], *g_read[MAX_DEPTH];
     T *target, *answer, *scale, *along, *one, *two, *three, *square_one, *square_two;
 
@@ -447,7 +468,8 @@ class Memory {
         const T *error = grad[l], *r = response[l], total = chunk.total;
         T *g_weighted = one, *weighted = two, *g_x = three;
         T *g_error = g_grad[l], *g_r = g_response[l], *g_terms = g_u[l];
-        chunk.g_total += dot(out * in, g_w, w);
+        const T *f = fixed[l], *to = anchor[l];
+        chunk.g_total += dot(out * in, g_w, w) - (to ? dot(out * in, g_w, to) : 0);
         nn(out, C, in, g_w, a[l], g_weighted);
         sum_rows(out, C, chunk.g_rest, true, [=](long i, long) { return g_weighted[i] * terms[i]; });
         each(out, C, [=](long i, long c) {
@@ -458,14 +480,18 @@ class Memory {
         transpose(C, C, inverse_t[l], square_one);
         nn(out, C, C, g_terms, square_one, g_x);
         sum_rows(out, C, g_step[l], true,
-                 [=](long i, long c) { return -g_x[i] * (error[i] + before[c] * r[i]); });
+                 [=](long i, long c) {
+                     return -g_x[i] * (error[i] + f[i] + before[c] * (r[i] - f[i]));
+                 });
         T* g_e = weighted;
         each(out, C, [=](long i, long c) {
             g_e[i] = -s[c] * g_x[i];
             g_error[i] += g_e[i];
             g_r[i] = g_e[i] * before[c];
         });
-        sum_rows(out, C, chunk.g_before, true, [=](long i, long) { return g_e[i] * r[i]; });
+        sum_rows(out, C, chunk.g_before, true,
+                 [=](long i, long) { return g_e[i] * (r[i] - f[i]); });
+        if (to) anchor_backward(l, g_e, g_w);
         if (l == 0) {
             tn(C, C, out, g_x, terms, chunk.g_lower, true);
         } else {
@@ -473,6 +499,21 @@ class Memory {
             chunk.solve_backward(square_one, gram[l], s, g_step[l], in, a[l], g_a[l]);
         }
         each(1, out * in, [=](long i, long) { g_w[i] *= total; });
+    }
+
+    // Of the response of an anchor, and of what it adds to the weights; overwrites g_e.
+    void anchor_backward(long l, T* g_e, const T* g_w) {
+        const long in = shape.in(l), out = shape.out(l);
+        const T *before = chunk.before, *rows = chunk.k_rows, rest = 1 - chunk.total;
+        T *g_f = g_e, *g_to = g_anchor[l];
+        each(out, C, [=](long i, long c) { g_f[i] *= 1 - before[c]; });
+        tn(in, C, out, anchor[l], g_f, g_a[l], true);
+        if (l > 0) {
+            transpose(in, C, a[l], one);
+            rows = one;
+        }
+        nn(out, in, C, g_f, rows, g_to, true);
+        each(1, out * in, [=](long i, long) { g_to[i] += rest * g_w[i]; });
     }
 
     // From the gradients by layer responses, errors and inputs to weights, keys and values.
