@@ -44,6 +44,7 @@ def test_preset_overrides_keep_the_proportions():
         ({"cms_periods": [4, 1]}, "fastest"),
         ({"cms_kind": "parallel"}, "sequential"),
         ({"memory_objective": "l1"}, "dot"),
+        ({"memory_half_lives": [100, 10]}, "shortest first"),
         ({"memory_retention": "one"}, "initial, zero"),
         ({"memory_adaptive": ["k", "z"]}, "memory_adaptive"),
         ({"eta_max": float("inf")}, "eta_max"),

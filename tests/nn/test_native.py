@@ -213,3 +213,15 @@ def test_usable_warns_of_nothing_when_there_is_a_kernel():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert kernel.usable((torch.zeros(1),))
+
+
+@needs_kernel
+def test_vanishing_rates_leave_no_denormal_numbers():
+    layer, x = make(torch.float32, chunk=16, adaptive=("k", "v", "alpha"))
+    with torch.no_grad():
+        layer.gates.eta_bias.fill_(-87.0)  # eta about 1e-38
+    smallest = torch.finfo(torch.float32).tiny
+    found = everything(layer, x)
+    for name in ("state.memory.weights.0", "grad of memory.initial.0"):
+        size = found[name].abs()
+        assert size.max() > 0.1 and size[size > 0].min() >= smallest

@@ -288,24 +288,28 @@ class MainMemory(MemoryGroup):
 class Gates(nn.Module):
     """From raw answers to roles: unit vectors, ``η = η_max sigmoid(·)``, ``α = sigmoid(·)``.
 
-    Retention starts near 1, spread over heads: a memory that starts at α = 0.5 is erased within
-    eight tokens (FINDINGS §6).
+    Retention starts spread over heads, so that what is written fades to a half within
+    ``half_lives`` tokens, shortest in the first head and longest in the last.
     """
 
-    def __init__(self, heads: int, eta_max: float, weight_decay: bool):
+    def __init__(
+        self, heads: int, eta_max: float, weight_decay: bool, half_lives: tuple[float, float]
+    ):
         super().__init__()
         self.eta_max, self.weight_decay, self.heads = eta_max, weight_decay, heads
+        self.half_lives = half_lives
         self.eta_bias = nn.Parameter(torch.empty(heads))
         self.alpha_bias = nn.Parameter(torch.empty(heads)) if weight_decay else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """η starts at a twentieth of its maximum, memories' half-lives at 100 to 10,000 tokens."""
+        """η starts at a twentieth of its maximum, α at the half-lives."""
         with torch.no_grad():
             self.eta_bias.fill_(math.log(0.05 / 0.95))
             if self.alpha_bias is not None:
-                forget = torch.logspace(-2, -4, self.heads) * math.log(2)
-                self.alpha_bias.copy_(torch.log((1 - forget) / forget))
+                shortest, longest = (math.log10(t) for t in self.half_lives)
+                rate = math.log(2) / torch.logspace(shortest, longest, self.heads)
+                self.alpha_bias.copy_(-torch.log(torch.expm1(rate)))  # sigmoid: exp(-rate)
 
     def forward(self, raw: dict[str, Tensor]) -> Tensors:
         """k, v, q ``(B, H, C, d)`` and η, α ``(B, H, C)``."""

@@ -81,6 +81,8 @@ class SelfModifyingTitans(nn.Module):
         weight_decay: False fixes α = 1 (Tab. 6).
         retention: what α pulls a memory to: ``"initial"``, its meta-learned initial state M_0, so
             that α M reads M_0 + α (M - M_0) above; ``"zero"``, the literal form.
+        half_lives: tokens after which what was written has faded to a half, before training: in
+            the first head and in the last, with the others between them.
         adaptive: roles among k, v, q, eta, alpha that have a memory; others are linear maps.
         eta_max: largest inner learning rate.
         conv_size: window of the causal convolution before the projections.
@@ -118,6 +120,7 @@ class SelfModifyingTitans(nn.Module):
         momentum: bool = False,
         weight_decay: bool = True,
         retention: str = "initial",
+        half_lives: tuple[float, float] = (100, 10_000),
         adaptive: tuple[str, ...] = ("k", "v", "eta", "alpha"),
         eta_max: float = 1.0,
         conv_size: int = 4,
@@ -135,6 +138,8 @@ class SelfModifyingTitans(nn.Module):
         for name, chunk in (("memory_chunk", memory_chunk), ("projection_chunk", projection_chunk)):
             if chunk < 1:
                 raise ValueError(f"{name} must be at least 1, got {chunk}")
+        if len(half_lives) != 2 or not 0 < half_lives[0] <= half_lives[1] < float("inf"):
+            raise ValueError(f"half_lives must be (shortest, longest), > 0, got {half_lives}")
         if not eta_max > 0:
             raise ValueError(f"eta_max must be positive, got {eta_max}")
         self.dim, self.heads, self.conv_size = dim, heads, conv_size
@@ -161,7 +166,7 @@ class SelfModifyingTitans(nn.Module):
             if self.fixed_scalars
             else None
         )
-        self.gates = Gates(heads, eta_max, weight_decay)
+        self.gates = Gates(heads, eta_max, weight_decay, (half_lives[0], half_lives[1]))
         self.projections = (
             ProjectionMemories(self.adaptive, chunk=projection_chunk, **group)
             if self.adaptive

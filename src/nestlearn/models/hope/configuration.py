@@ -78,6 +78,7 @@ _OWNED = {
         "memory_momentum",
         "memory_weight_decay",
         "memory_retention",
+        "memory_half_lives",
         "memory_adaptive",
         "eta_max",
     ),
@@ -101,7 +102,9 @@ class HopeConfig(PreTrainedConfig):
             values, eta and alpha (SPEC §5). 1 is the exact recurrence.
         memory_objective: ``"dot"`` or ``"l2"``; memory_readout: ``"chunk"`` or ``"token"``;
         memory_rule: ``"dgd"`` or ``"gd"``; memory_momentum, memory_weight_decay: Tab. 6's variants.
-        memory_retention: what forgetting returns to, ``"initial"`` (the learned state) or ``"zero"``.
+        memory_retention: forgetting returns to the learned ``"initial"`` state or to ``"zero"``.
+        memory_half_lives: tokens until what was written has faded to a half, before training: in
+            the first head and in the last.
         memory_adaptive: which projections are memories, of ``"k", "v", "q", "eta", "alpha"``.
         eta_max: largest inner learning rate; conv_size: window of the causal convolution.
         sliding_window: attention sees this many latest tokens; None: all.
@@ -138,6 +141,7 @@ class HopeConfig(PreTrainedConfig):
     memory_momentum: bool = False
     memory_weight_decay: bool = True
     memory_retention: str = "initial"
+    memory_half_lives: list[float] | tuple[float, ...] = (100, 10_000)
     memory_adaptive: list[str] | tuple[str, ...] = ("k", "v", "eta", "alpha")
     eta_max: float = 1.0
     conv_size: int = 4
@@ -162,6 +166,7 @@ class HopeConfig(PreTrainedConfig):
             check_mixer(self.mixer)
             self.memory_chunk = default_chunk(self.mixer)
         self.memory_adaptive = list(self.memory_adaptive)
+        self.memory_half_lives = list(self.memory_half_lives)
         self.cms_periods = list(self.cms_periods)
         super().__post_init__(**kwargs)
         self._check_values()
@@ -225,6 +230,14 @@ class HopeConfig(PreTrainedConfig):
         }.items():
             value = getattr(self, field)
             _require(value in choices, field, value, f"one of {', '.join(choices)}")
+        span = self.memory_half_lives
+        numbers = all(isinstance(t, int | float) and 0 < t < float("inf") for t in span)
+        _require(
+            len(span) == 2 and numbers and span[0] <= span[1],
+            "memory_half_lives",
+            span,
+            "two numbers of tokens > 0, the shortest first",
+        )
         known = {"k", "v", "q", "eta", "alpha"}
         adaptive = self.memory_adaptive
         _require(set(adaptive) <= known, "memory_adaptive", adaptive, f"taken from {sorted(known)}")

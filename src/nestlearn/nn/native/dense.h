@@ -19,6 +19,28 @@
 
 namespace dense {
 
+// While it lives, this thread reads and writes denormal numbers as 0: they are up to a hundred times
+// slower, and a rate or a retention that is nearly 0 makes whole matrices of them.
+class NoDenormals {
+   public:
+#if defined(__x86_64__)
+    NoDenormals() : before(__builtin_ia32_stmxcsr()) { __builtin_ia32_ldmxcsr(before | 0x8040); }
+    ~NoDenormals() { __builtin_ia32_ldmxcsr(before); }
+
+   private:
+    unsigned before;
+#elif defined(__aarch64__)
+    NoDenormals() {
+        asm volatile("mrs %0, fpcr" : "=r"(before));
+        asm volatile("msr fpcr, %0" : : "r"(before | (uint64_t(1) << 24)));
+    }
+    ~NoDenormals() { asm volatile("msr fpcr, %0" : : "r"(before)); }
+
+   private:
+    uint64_t before;
+#endif
+};
+
 template <typename T>
 struct Vector {
     static constexpr long width = 64 / sizeof(T);

@@ -257,6 +257,7 @@ class Unit {
 // Any number of threads may run this at once on one problem: each takes the next unit.
 template <typename T>
 void work(Problem& p, bool back) {
+    const NoDenormals guard;
     Unit<T> unit(p);
     for (long i = p.next++; i < p.units; i = p.next++) back ? unit.backward(i) : unit.forward(i);
 }
