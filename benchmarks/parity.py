@@ -27,6 +27,7 @@ SYSTEMS: dict[str, dict[str, Any]] = {
         "memory_chunk": 1,
         "projection_chunk": 1,
         "eta_max": 8.0,
+        "memory_half_lives": [4, 32],
     },
     "attention": {"mixer": "attention"},
     "gated_deltanet": {"mixer": "gated_deltanet"},

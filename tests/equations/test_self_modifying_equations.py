@@ -36,6 +36,11 @@ VARIANTS = [
     {"retention": "zero", "readout": "token", "objective": "l2", "memory_depth": 3},
     {"retention": "zero", "momentum": True, "readout": "token"},
     {"retention": "zero", "rule": "gd", "momentum": True},
+    {"targets": "shared"},
+    {"targets": "shared", "memory_chunk": 1, "projection_chunk": 1, "objective": "l2"},
+    {"truncate": True, "readout": "token"},
+    {"truncate": True, "readout": "token", "rule": "gd", "objective": "l2"},
+    {"truncate": True, "readout": "token", "retention": "zero", "memory_chunk": 2},
     {"retention": "zero", "memory_chunk": 1, "projection_chunk": 1},
 ]
 
@@ -72,9 +77,10 @@ class Memory:
         self.bounds = [w.detach().norm(dim=1, keepdim=True).clamp(min=1.0) for w in weights]
         self.momentum = [torch.zeros_like(w) for w in weights]
         self.chunk, self.rule, self.beta, self.count = group.chunk, group.rule, beta, 0
+        self.truncate = group.truncate
 
     def learn(self, k, v, eta, alpha):
-        target = unit(answer(self.start, v))
+        target = unit(answer(self.start, v)) if self.rule.targets == "generated" else v
         # Aliases: the inner step sees the target as a constant, the outer gradient goes through it.
         alias = [w * 1 for w in self.start]
         y = answer(alias, k)
@@ -101,6 +107,10 @@ class Memory:
                 w * (b / torch.maximum(w.norm(dim=1, keepdim=True), b))
                 for w, b in zip(new, self.bounds, strict=True)
             ]
+            if self.truncate:
+                self.start = self.now = [
+                    i + (w - i).detach() for i, w in zip(self.initial, self.now, strict=True)
+                ]
 
 
 def oracle(layer, x):

@@ -44,6 +44,8 @@ def test_preset_overrides_keep_the_proportions():
         ({"cms_periods": [4, 1]}, "fastest"),
         ({"cms_kind": "parallel"}, "sequential"),
         ({"memory_objective": "l1"}, "dot"),
+        ({"memory_targets": "own"}, "generated, shared"),
+        ({"memory_truncate": 1}, "memory_truncate"),
         ({"memory_half_lives": [100, 10]}, "shortest first"),
         ({"memory_retention": "one"}, "initial, zero"),
         ({"memory_adaptive": ["k", "z"]}, "memory_adaptive"),

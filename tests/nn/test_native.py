@@ -33,6 +33,10 @@ VARIANTS = [
     {"chunk": 33, "adaptive": ("v", "alpha")},
     {"chunk": 64, "memory_width": 48},
     {"chunk": 1, "retention": "zero"},
+    {"chunk": 4, "targets": "shared", "memory_depth": 3},
+    {"chunk": 4, "targets": "shared", "memory_depth": 1, "objective": "l2"},
+    {"chunk": 4, "truncate": True},
+    {"chunk": 1, "truncate": True, "retention": "zero", "adaptive": ALL},
     {"chunk": 16, "retention": "zero", "objective": "l2", "memory_depth": 3},
     {"chunk": 4, "retention": "zero", "memory_depth": 1, "readout": "chunk"},
 ]

@@ -45,6 +45,8 @@ def _self_modifying(config: Any) -> nn.Module:
         momentum=config.memory_momentum,
         weight_decay=config.memory_weight_decay,
         retention=config.memory_retention,
+        targets=config.memory_targets,
+        truncate=config.memory_truncate,
         half_lives=tuple(config.memory_half_lives),
         adaptive=tuple(config.memory_adaptive),
         eta_max=config.eta_max,

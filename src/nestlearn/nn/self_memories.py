@@ -18,6 +18,7 @@ from nestlearn.nn.scan import Run
 from nestlearn.nn.self_write import (
     Tensors,
     WriteRule,
+    Written,
     chunk_writes,
     finish_write,
     respond,
@@ -41,6 +42,7 @@ class MemoryGroup(nn.Module):
         chunk: tokens per write, C.
         rule: objective and kind of write.
         momentum: keep a momentum per weight, its decay learned per head.
+        truncate: let no outer gradient pass a chunk's boundary, but for the initial states.
     """
 
     def __init__(
@@ -53,9 +55,10 @@ class MemoryGroup(nn.Module):
         chunk: int,
         rule: WriteRule,
         momentum: bool,
+        truncate: bool = False,
     ):
         super().__init__()
-        self.chunk, self.rule, self.size = chunk, rule, size
+        self.chunk, self.rule, self.size, self.truncate = chunk, rule, size, truncate
         shapes = weight_shapes(size, size, depth, width)
         self.initial = nn.ParameterList(
             [nn.Parameter(torch.empty(heads, count, out, n)) for out, n in shapes]
@@ -96,6 +99,13 @@ class MemoryGroup(nn.Module):
         """What retention pulls to: the initial states, or None for zero."""
         return self.initial_weights(dtype) if self.rule.retention == "initial" else None
 
+    def at_start(self, memory: Tensors) -> Tensors:
+        """The memory as a chunk sees it: with ``truncate``, initial states plus a constant."""
+        if not self.truncate:
+            return memory
+        initial = self.initial_weights(memory[0].dtype)
+        return tuple(i + (w - i).detach() for i, w in zip(initial, memory, strict=True))
+
     def bounds(self, dtype: torch.dtype) -> Tensors:
         """Row-norm bounds of the fast weights: the initial norm, at least 1."""
         return tuple(
@@ -123,6 +133,17 @@ class MemoryGroup(nn.Module):
         """Whether the CPU kernel has this group's rule; see `nestlearn.nn.native`."""
         return self.is_plain and len(self.initial) <= native.MAX_DEPTH
 
+    def plan(self, **more: Any) -> native.Plan:
+        """What the CPU kernel has to know of this group."""
+        return native.Plan(
+            chunk=self.chunk,
+            objective=self.rule.objective,
+            anchored=self.rule.retention == "initial",
+            generated_targets=self.rule.targets == "generated",
+            truncate=self.truncate,
+            **more,
+        )
+
     def chunk_writes(self, memory: Tensors, written: Tensors) -> list[ChunkWrite]:
         """The chunk writes of ``written = (k, v, eta, alpha)``, layer by layer."""
         k, v, eta, alpha = written
@@ -136,10 +157,14 @@ class MemoryGroup(nn.Module):
 
     def write(self, memory: Tensors, written: Tensors) -> Tensors:
         """The memories after one full chunk."""
+        memory = self.at_start(memory)
         if self.is_plain:
-            anchors = self.anchors(memory[0].dtype)
-            return self.guard(write(self.rule, memory, *written, anchors).weights)
+            return self.guard(self._write(memory, written).weights)
         return self.finish(self.chunk_writes(memory, written), memory)
+
+    def _write(self, memory: Tensors, written: Tensors) -> Written:
+        k, v, eta, alpha = written
+        return write(self.rule, memory, k, v, eta, alpha, self.anchors(eta.dtype))
 
     def finish(self, writes: list[ChunkWrite], memory: Tensors) -> Tensors:
         """Guarded weights and momenta after a chunk."""
@@ -196,7 +221,7 @@ class ProjectionCell:
 
     def read(self, memory: Tensors, inputs: Tensors, pending: Tensors) -> tuple[Tensors, Tensors]:
         """Generate the roles of every token from the memories at the chunk's start."""
-        raw = self.memories.answer(memory, inputs[0])
+        raw = self.memories.answer(self.memories.at_start(memory), inputs[0])
         k, v, q, eta, alpha = self.gates(raw | dict(zip(self.fixed, inputs[1:], strict=True)))
         return (k, v, q, eta, alpha), (k, v, eta, alpha)
 
@@ -211,15 +236,13 @@ class ProjectionCell:
         roles = {n: gates.role(n, raw) for n, raw in zip(self.fixed, inputs[1:], strict=True)}
         if not gates.weight_decay:
             roles["alpha"] = inputs[0].new_ones(inputs[0].shape[:-1])
-        plan = native.Plan(
-            self.chunk, memories.rule.objective, memories.roles, eta_max=gates.eta_max
-        )
+        plan = memories.plan(generated=memories.roles, eta_max=gates.eta_max)
         scalars = [r for r in memories.roles if r not in VECTORS]
         made, _, memory = native.run_chunks(
             plan,
             memory,
             memories.bounds(dtype),
-            memories.anchors(dtype),
+            memories.initial_weights(dtype),
             {n: t for n, t in roles.items() if n != "q"},
             inputs[0],
             {r: memories.readout[r].to(dtype) for r in scalars},
@@ -244,6 +267,7 @@ class MainMemory(MemoryGroup):
         """``o_t = M_mem(q_t)`` at the chunk's start, or after each token's own write."""
         k, v, q, eta, alpha = inputs
         written = (k, v, eta, alpha)
+        memory = self.at_start(memory)
         if self.readout == "chunk":
             return (respond(memory[: len(self.initial)], q.mT).squeeze(2).mT,), written
         rows: Tensors = written
@@ -257,7 +281,7 @@ class MainMemory(MemoryGroup):
         written = (k, v, eta, alpha)
         if self.readout == "chunk":
             return self.read(memory, inputs, ())[0], self.write(memory, written)
-        out, memory = self._read_written(memory, written, q)
+        out, memory = self._read_written(self.at_start(memory), written, q)
         return (out,), memory
 
     def runner(self, memory: Tensors) -> Run | None:
@@ -266,17 +290,18 @@ class MainMemory(MemoryGroup):
 
     def run(self, memory: Tensors, inputs: Tensors) -> tuple[Tensors, Tensors]:
         """Any number of whole chunks at once."""
-        plan = native.Plan(self.chunk, self.rule.objective, token=self.readout == "token")
+        plan = self.plan(token=self.readout == "token")
         roles = dict(zip(ROLES, inputs, strict=True))
-        bounds, anchors = self.bounds(memory[0].dtype), self.anchors(memory[0].dtype)
-        _, out, memory = native.run_chunks(plan, memory, bounds, anchors, roles)
+        dtype = memory[0].dtype
+        bounds, initial = self.bounds(dtype), self.initial_weights(dtype)
+        _, out, memory = native.run_chunks(plan, memory, bounds, initial, roles)
         assert out is not None
         return (out,), memory
 
     def _read_written(self, memory: Tensors, rows: Tensors, q: Tensor) -> tuple[Tensor, Tensors]:
         """``M_t(q_t)`` for the last tokens of ``rows``, and the memory after all of them."""
         if self.is_plain:
-            done = write(self.rule, memory, *rows, self.anchors(q.dtype))
+            done = self._write(memory, rows)
             return respond_after(done, q.mT).mT, self.guard(done.weights)
         count = q.shape[2]
         writes = self.chunk_writes(memory, rows)
@@ -303,9 +328,9 @@ class Gates(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """η starts at a twentieth of its maximum, α at the half-lives."""
+        """η starts at 0.05 (or half its maximum), α at the half-lives."""
         with torch.no_grad():
-            self.eta_bias.fill_(math.log(0.05 / 0.95))
+            self.eta_bias.fill_(-math.log(self.eta_max / min(0.05, self.eta_max / 2) - 1))
             if self.alpha_bias is not None:
                 shortest, longest = (math.log10(t) for t in self.half_lives)
                 rate = math.log(2) / torch.logspace(shortest, longest, self.heads)

@@ -83,6 +83,9 @@ class SelfModifyingTitans(nn.Module):
             that α M reads M_0 + α (M - M_0) above; ``"zero"``, the literal form.
         half_lives: tokens after which what was written has faded to a half, before training: in
             the first head and in the last, with the others between them.
+        targets: ``"generated"``: as above; ``"shared"``: v_t for all memories (Eq. 79-82).
+        truncate: True lets no outer gradient pass a chunk's boundary, but for that of the initial
+            states (truncated backpropagation); False: the gradient goes through all writes.
         adaptive: roles among k, v, q, eta, alpha that have a memory; others are linear maps.
         eta_max: largest inner learning rate.
         conv_size: window of the causal convolution before the projections.
@@ -121,6 +124,8 @@ class SelfModifyingTitans(nn.Module):
         weight_decay: bool = True,
         retention: str = "initial",
         half_lives: tuple[float, float] = (100, 10_000),
+        targets: str = "generated",
+        truncate: bool = False,
         adaptive: tuple[str, ...] = ("k", "v", "eta", "alpha"),
         eta_max: float = 1.0,
         conv_size: int = 4,
@@ -132,6 +137,7 @@ class SelfModifyingTitans(nn.Module):
         _choose("objective", objective, ("dot", "l2"))
         _choose("readout", readout, ("chunk", "token"))
         _choose("rule", rule, ("dgd", "gd"))
+        _choose("targets", targets, ("generated", "shared"))
         _choose("retention", retention, ("initial", "zero"))
         for role in adaptive:
             _choose("adaptive role", role, ROLES)
@@ -140,6 +146,11 @@ class SelfModifyingTitans(nn.Module):
                 raise ValueError(f"{name} must be at least 1, got {chunk}")
         if len(half_lives) != 2 or not 0 < half_lives[0] <= half_lives[1] < float("inf"):
             raise ValueError(f"half_lives must be (shortest, longest), > 0, got {half_lives}")
+        if truncate and (readout == "chunk" or momentum):
+            raise ValueError(
+                "truncate needs readout 'token' and momentum False: what acts only after a chunk's "
+                "end would get no gradient"
+            )
         if not eta_max > 0:
             raise ValueError(f"eta_max must be positive, got {eta_max}")
         self.dim, self.heads, self.conv_size = dim, heads, conv_size
@@ -151,8 +162,9 @@ class SelfModifyingTitans(nn.Module):
             size=size,
             depth=memory_depth,
             width=memory_width or size,
-            rule=WriteRule(objective, rule == "dgd", retention),
+            rule=WriteRule(objective, rule == "dgd", retention, targets),
             momentum=momentum,
+            truncate=truncate,
         )
         self.conv = CausalConv(dim, conv_size)
         scalars = ("eta", "alpha") if weight_decay else ("eta",)

@@ -27,6 +27,8 @@ class WriteRule:
     Attributes:
         retention: what α pulls to, ``"initial"``: the meta-learned initial state M_0,
             ``M_t = M_0 + alpha (M_{t-1} - M_0) - ...``; ``"zero"``: ``M_t = alpha M_{t-1} - ...``.
+        targets: ``"generated"``: every memory makes its own, ``v̂ = M(v)`` (Eq. 84); ``"shared"``:
+            all get ``v`` (Eq. 79-82).
         objective: ``"dot"``: ``-<M(k), v̂>`` or ``"l2"``: ``1/2 ||M(k) - v̂||^2``.
         delta: True: ``M (alpha I - eta' a a^T) - eta' g a^T`` (DGD, Eq. 88); False: gradient
             descent, ``alpha M - eta' g a^T``.
@@ -35,6 +37,7 @@ class WriteRule:
     objective: str = "dot"
     delta: bool = True
     retention: str = "initial"
+    targets: str = "generated"
 
 
 def respond(weights: Tensors, x: Tensor) -> Tensor:
@@ -58,8 +61,8 @@ def inner_gradients(
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """Gradients of every memory's objective at the chunk's initial weights (Eq. 84-87, 90-92).
 
-    Each memory makes its own target ``v̂ = M(v)`` (normalised); its objective is taken at ``M(k)``
-    and backpropagated through the memory by hand.
+    Each memory makes its own target ``v̂ = M(v)`` (normalised), unless they are shared; its
+    objective is taken at ``M(k)`` and backpropagated through the memory by hand.
 
     Args:
         rule: which objective.
@@ -78,7 +81,10 @@ def inner_gradients(
         inputs.append(h)
         slopes.append(slope)
         responses.append(w @ h)
-    grad = -unit(respond(weights, values.mT), -2)
+    if rule.targets == "generated":
+        grad = -unit(respond(weights, values.mT), -2)
+    else:
+        grad = -values.mT.unsqueeze(2).expand_as(responses[-1])
     if rule.objective == "l2":
         grad = grad + responses[-1]
         if len(weights) > 1:

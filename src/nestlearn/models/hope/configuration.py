@@ -65,7 +65,13 @@ _WHOLE = (
     "projection_chunk",
     "conv_size",
 )
-_YES_NO = ("memory_momentum", "memory_weight_decay", "tie_word_embeddings", "use_cache")
+_YES_NO = (
+    "memory_momentum",
+    "memory_weight_decay",
+    "memory_truncate",
+    "tie_word_embeddings",
+    "use_cache",
+)
 
 # Fields that only one mixer reads.
 _OWNED = {
@@ -79,6 +85,8 @@ _OWNED = {
         "memory_weight_decay",
         "memory_retention",
         "memory_half_lives",
+        "memory_targets",
+        "memory_truncate",
         "memory_adaptive",
         "eta_max",
     ),
@@ -105,6 +113,8 @@ class HopeConfig(PreTrainedConfig):
         memory_retention: forgetting returns to the learned ``"initial"`` state or to ``"zero"``.
         memory_half_lives: tokens until what was written has faded to a half, before training: in
             the first head and in the last.
+        memory_targets: ``"generated"`` by every memory, or ``"shared"`` (Eq. 79-82).
+        memory_truncate: let no training gradient pass a chunk's boundary.
         memory_adaptive: which projections are memories, of ``"k", "v", "q", "eta", "alpha"``.
         eta_max: largest inner learning rate; conv_size: window of the causal convolution.
         sliding_window: attention sees this many latest tokens; None: all.
@@ -142,6 +152,8 @@ class HopeConfig(PreTrainedConfig):
     memory_weight_decay: bool = True
     memory_retention: str = "initial"
     memory_half_lives: list[float] | tuple[float, ...] = (100, 10_000)
+    memory_targets: str = "generated"
+    memory_truncate: bool = False
     memory_adaptive: list[str] | tuple[str, ...] = ("k", "v", "eta", "alpha")
     eta_max: float = 1.0
     conv_size: int = 4
@@ -226,6 +238,7 @@ class HopeConfig(PreTrainedConfig):
             "memory_readout": ("chunk", "token"),
             "memory_rule": ("dgd", "gd"),
             "memory_retention": ("initial", "zero"),
+            "memory_targets": ("generated", "shared"),
             "cms_kind": ("sequential", "nested", "independent"),
         }.items():
             value = getattr(self, field)

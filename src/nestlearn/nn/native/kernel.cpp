@@ -17,12 +17,12 @@ enum Role { KEY, VALUE, QUERY, ETA, ALPHA, ROLES };
 // number of tokens, chunks x C. A null pointer is "not wanted".
 struct Problem {
     int64_t units, heads, count, size, hidden, depth, chunk, chunks;
-    int64_t l2, token, projections;
+    int64_t l2, token, projections, anchored, shared_targets, truncate;
     int64_t memory_of[ROLES];  // the memory that generates a role; -1: the role is given
     double eta_max;
     std::atomic<int64_t> next;  // unit that no thread has taken yet
     void* weights[MAX_DEPTH];      // per layer (units, N, out, in): the state, updated in place
-    void* anchors[MAX_DEPTH];      // (heads, N, out, in): what retention pulls to; null: zero
+    void* initial[MAX_DEPTH];      // (heads, N, out, in): the state before the first token
     void* bounds[MAX_DEPTH];       // (heads, N, out)
     void* trajectory[MAX_DEPTH];   // (units, chunks, N, out, in): at every chunk's start
     void* row_scales[MAX_DEPTH];   // (units, chunks, N, out)
@@ -32,7 +32,7 @@ struct Problem {
     void* readout[2];              // (heads, d): eta, alpha
     void* bias[2];                 // (heads)
     void* g_weights[MAX_DEPTH];    // in: by the last state; out: by the first
-    void* g_anchors[MAX_DEPTH];    // (units, N, out, in)
+    void* g_initial[MAX_DEPTH];    // (units, N, out, in)
     void* g_x;
     void* g_roles[ROLES];          // generated roles: in; given roles: out
     void* g_out;
@@ -45,7 +45,7 @@ class Unit {
    public:
     explicit Unit(Problem& problem)
         : p(problem),
-          shape{p.size, p.hidden, p.depth, p.chunk, p.l2 != 0},
+          shape{p.size, p.hidden, p.depth, p.chunk, p.l2 != 0, p.shared_targets != 0},
           C(p.chunk), d(p.size), vector(d * C),
           chunk(shape, arena), memory(shape, chunk, arena) {
         for (T** buffer : {&x, &y, &g_y, &g_x}) *buffer = arena.take(vector);
@@ -99,6 +99,7 @@ class Unit {
             std::copy(chunk.g_eta, chunk.g_eta + C, g_role[ETA]);
             hand_out(unit, i);
             if (p.projections) generate_backward(unit, i);
+            if (p.truncate) cut(unit);
         }
     }
 
@@ -129,10 +130,19 @@ class Unit {
     }
 
     void anchor(long unit, long n) {
+        if (!p.anchored) return;
         for (long l = 0; l < p.depth; l++) {
-            if (!p.anchors[l]) continue;
-            memory.anchor[l] = at(p.anchors[l], ((unit % p.heads) * p.count + n) * elements[l]);
-            if (p.g_anchors[l]) memory.g_anchor[l] = weight(p.g_anchors, l, unit, n);
+            memory.anchor[l] = at(p.initial[l], ((unit % p.heads) * p.count + n) * elements[l]);
+            if (p.g_initial[l]) memory.g_anchor[l] = weight(p.g_initial, l, unit, n);
+        }
+    }
+
+    // A chunk's start is the initial state plus a constant: its gradient goes no further.
+    void cut(long unit) {
+        for (long l = 0; l < p.depth; l++) {
+            T *from = weight(p.g_weights, l, unit, 0), *to = weight(p.g_initial, l, unit, 0);
+            each(1, p.count * elements[l], [=](long i, long) { to[i] += from[i]; });
+            clear(from, p.count * elements[l]);
         }
     }
 
@@ -265,6 +275,7 @@ void work(Problem& p, bool back) {
 }  // namespace
 
 extern "C" {
+int64_t problem_size() { return sizeof(Problem); }
 void forward_f32(Problem* p) { work<float>(*p, false); }
 void backward_f32(Problem* p) { work<float>(*p, true); }
 void forward_f64(Problem* p) { work<double>(*p, false); }

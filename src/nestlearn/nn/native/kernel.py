@@ -37,10 +37,11 @@ class _Problem(ctypes.Structure):
     _fields_ = [
         *((n, ctypes.c_int64) for n in ("units", "heads", "count", "size", "hidden", "depth")),
         *((n, ctypes.c_int64) for n in ("chunk", "chunks", "l2", "token", "projections")),
+        *((n, ctypes.c_int64) for n in ("anchored", "shared_targets", "truncate")),
         ("memory_of", ctypes.c_int64 * len(ROLES)),
         ("eta_max", ctypes.c_double),
         ("next", ctypes.c_int64),
-        *((n, ctypes.c_void_p * MAX_DEPTH) for n in ("weights", "anchors", "bounds")),
+        *((n, ctypes.c_void_p * MAX_DEPTH) for n in ("weights", "initial", "bounds")),
         ("trajectory", ctypes.c_void_p * MAX_DEPTH),
         ("row_scales", ctypes.c_void_p * MAX_DEPTH),
         ("x", ctypes.c_void_p),
@@ -48,7 +49,7 @@ class _Problem(ctypes.Structure):
         ("out", ctypes.c_void_p),
         ("readout", ctypes.c_void_p * 2),
         ("bias", ctypes.c_void_p * 2),
-        *((n, ctypes.c_void_p * MAX_DEPTH) for n in ("g_weights", "g_anchors")),
+        *((n, ctypes.c_void_p * MAX_DEPTH) for n in ("g_weights", "g_initial")),
         ("g_x", ctypes.c_void_p),
         ("g_roles", ctypes.c_void_p * len(ROLES)),
         ("g_out", ctypes.c_void_p),
@@ -68,10 +69,16 @@ class Plan:
             memory that is read with q.
         token: read after each token's own write, else at the chunk's start.
         eta_max: largest inner learning rate, for generated η.
+        anchored: retention pulls to the initial states, else to zero.
+        generated_targets: memories make their own targets, else they get v.
+        truncate: the outer gradient passes no chunk's boundary, but goes to the initial states.
     """
 
     chunk: int
     objective: str
+    anchored: bool
+    generated_targets: bool
+    truncate: bool
     generated: tuple[str, ...] = ()
     token: bool = True
     eta_max: float = 1.0
@@ -103,6 +110,10 @@ def usable(memory: Tensors) -> bool:
 @functools.cache
 def _loaded() -> bool:
     library, reason = load()
+    if library is not None:
+        library.problem_size.restype = ctypes.c_int64
+        if library.problem_size() != ctypes.sizeof(_Problem):
+            raise RuntimeError("nestlearn changed while this process ran; start it again")
     if library is None and not reason.startswith("turned off"):
         warnings.warn(
             "nestlearn runs self-modifying memories as PyTorch operations, which is some two times "
@@ -117,7 +128,7 @@ def run_chunks(
     plan: Plan,
     weights: Tensors,
     bounds: Tensors,
-    anchors: Tensors | None,
+    initial: Tensors,
     roles: dict[str, Tensor],
     x: Tensor | None = None,
     readouts: dict[str, Tensor] | None = None,
@@ -129,7 +140,7 @@ def run_chunks(
         plan: what kind of group.
         weights: per layer ``(B, H, N, out, in)``, before the first token.
         bounds: row-norm bounds ``(H, N, out, 1)`` per layer.
-        anchors: what retention pulls to, ``(H, N, out, in)`` per layer; None: zero.
+        initial: the initial states, ``(H, N, out, in)`` per layer.
         roles: those that are given: vectors ``(B, H, T, d)`` of norm 1, scalars ``(B, H, T)``; T is
             a multiple of C.
         x: what the memories generate the other roles from, ``(B, H, T, d)``.
@@ -143,14 +154,14 @@ def run_chunks(
     names = tuple(roles)
     tensors = [
         *weights,
-        *(anchors or ()),
+        *initial,
         *(roles[n] for n in names),
         *(() if x is None else (x,)),
         *(group[n] for group in (readouts, biases) for n in ("eta", "alpha") if n in group),
     ]
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     scalars = tuple(n for n in ("eta", "alpha") if n in readouts)
-    results = _Run.apply(plan, bounds, names, scalars, keep, anchors is not None, *tensors)
+    results = _Run.apply(plan, bounds, names, scalars, keep, *tensors)
     made = dict(zip(plan.generated, results, strict=False))
     rest = results[len(plan.generated) :]
     if plan.generated:
@@ -160,12 +171,12 @@ def run_chunks(
 
 class _Run(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, plan, bounds, names, scalars, keep, anchored, *tensors):
+    def forward(ctx: Any, plan, bounds, names, scalars, keep, *tensors):
         depth = len(bounds)
         rest = [t.contiguous() for t in tensors]
         weights = [w.clone() for w in _take(rest, depth)]
         saved = list(rest)
-        anchors = _take(rest, depth) if anchored else []
+        initial = _take(rest, depth)
         batch, heads, count, *_ = weights[0].shape
         given = dict(zip(names, _take(rest, len(names)), strict=True))
         x = rest.pop(0) if plan.generated else None
@@ -182,9 +193,8 @@ class _Run(torch.autograd.Function):
         if keep:
             trajectory = [w.new_empty(batch, heads, chunks, *w.shape[2:]) for w in weights]
             scales = [w.new_empty(batch, heads, chunks, *w.shape[2:4]) for w in weights]
-        ctx.plan, ctx.names, ctx.scalars = plan, names, scalars
-        ctx.depth, ctx.anchored = depth, anchored
-        problem = _problem(ctx, weights, anchors, roles, out, x, rest, trajectory, scales)
+        ctx.plan, ctx.names, ctx.scalars, ctx.depth = plan, names, scalars, depth
+        problem = _problem(ctx, weights, initial, roles, out, x, rest, trajectory, scales)
         bounds = [b.to(like.dtype).contiguous() for b in bounds]
         _point(problem.bounds, bounds)
         _call("forward", problem, like.dtype)
@@ -198,7 +208,7 @@ class _Run(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor):
         plan, names, depth = ctx.plan, ctx.names, ctx.depth
         saved = list(ctx.saved_tensors)
-        anchors = _take(saved, depth) if ctx.anchored else []
+        initial = _take(saved, depth)
         given = dict(zip(names, _take(saved, len(names)), strict=True))
         x = saved.pop(0) if plan.generated else None
         gates = _take(saved, 2 * len(ctx.scalars))
@@ -212,9 +222,9 @@ class _Run(torch.autograd.Function):
         g_x = None if x is None else torch.empty_like(x)
         batch, heads = trajectory[0].shape[:2]
         g_gates = [g.new_zeros(batch, *g.shape) for g in gates]
-        g_anchors = [a.new_zeros(batch, *a.shape) for a in anchors]
-        problem = _problem(ctx, saved, anchors, roles, out, x, gates, trajectory, scales)
-        _point(problem.g_anchors, g_anchors)
+        g_initial = [w.new_zeros(batch, *w.shape) for w in initial]
+        problem = _problem(ctx, saved, initial, roles, out, x, gates, trajectory, scales)
+        _point(problem.g_initial, g_initial)
         _point(problem.g_weights, g_weights)
         for name, grad in (g_roles | dict(zip(plan.generated, grads, strict=False))).items():
             problem.g_roles[ROLES.index(name)] = grad.data_ptr()
@@ -225,12 +235,12 @@ class _Run(torch.autograd.Function):
         _point_gates(ctx.scalars, g_gates, problem.g_readout, problem.g_bias)
         _call("backward", problem, trajectory[0].dtype)
         g_rest = () if g_x is None else (g_x,)
-        shared, summed = ([g.sum(0) for g in group] for group in (g_anchors, g_gates))
+        shared, summed = ([g.sum(0) for g in group] for group in (g_initial, g_gates))
         given_back = (g_roles[n] for n in names)
-        return (None,) * 6 + (*g_weights, *shared, *given_back, *g_rest, *summed)
+        return (None,) * 5 + (*g_weights, *shared, *given_back, *g_rest, *summed)
 
 
-def _problem(ctx, weights, anchors, roles, out, x, gates, trajectory, scales) -> _Problem:
+def _problem(ctx, weights, initial, roles, out, x, gates, trajectory, scales) -> _Problem:
     plan = ctx.plan
     first, last = weights[0], weights[-1]
     batch, heads, count = first.shape[:3]
@@ -246,6 +256,9 @@ def _problem(ctx, weights, anchors, roles, out, x, gates, trajectory, scales) ->
         l2=plan.objective == "l2",
         token=plan.token,
         projections=bool(plan.generated),
+        anchored=plan.anchored,
+        shared_targets=not plan.generated_targets,
+        truncate=plan.truncate,
         eta_max=plan.eta_max,
     )
     for i, role in enumerate(ROLES):
@@ -253,7 +266,7 @@ def _problem(ctx, weights, anchors, roles, out, x, gates, trajectory, scales) ->
         if role in roles:
             problem.roles[i] = roles[role].data_ptr()
     _point(problem.weights, weights)
-    _point(problem.anchors, anchors)
+    _point(problem.initial, initial)
     _point(problem.trajectory, trajectory)
     _point(problem.row_scales, scales)
     if out is not None:

@@ -18,6 +18,7 @@ constexpr double FLUSH = 1e-17;  // smaller weights become 0: denormal numbers a
 struct Shape {
     long size, hidden, depth, chunk;  // d, width of the hidden layers, L, C
     bool l2;                          // objective: 1/2 ||M(k) - v||^2, else -<M(k), v>
+    bool shared_targets;              // v itself, not M(v)
 
     long in(long layer) const { return layer == 0 ? size : hidden; }
     long out(long layer) const { return layer == depth - 1 ? size : hidden; }
@@ -241,8 +242,12 @@ class Memory {
     void write(T* const* W) {
         const long last = shape.depth - 1;
         forward(W, chunk.k, a, a_gate, response);
-        respond(W, chunk.v, answer);
-        unit(answer, target, scale);
+        if (shape.shared_targets) {
+            std::copy(chunk.v, chunk.v + shape.size * C, target);
+        } else {
+            respond(W, chunk.v, answer);
+            unit(answer, target, scale);
+        }
         T* g = grad[last];
         const T* t = target;
         each(shape.size, C, [=](long i, long) { g[i] = -t[i]; });
@@ -540,10 +545,14 @@ class Memory {
                 g_k[i] += share * g_top[i];
             });
         }
-        T* g_target = answer;
+        T *g_target = answer, *g_v = chunk.g_v;
         each(shape.size, C, [=](long i, long) { g_target[i] = -g_top[i]; });
-        unit_backward(target, scale, g_target);
-        respond_backward(W, chunk.v_rows, g_target, g_W, chunk.g_v);
+        if (shape.shared_targets) {
+            each(shape.size, C, [=](long i, long) { g_v[i] += g_target[i]; });
+        } else {
+            unit_backward(target, scale, g_target);
+            respond_backward(W, chunk.v_rows, g_target, g_W, g_v);
+        }
         for (long l = last; l > 0; l--) {
             const long in = shape.in(l);
             transpose(in, C, a[l], one);
