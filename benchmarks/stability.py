@@ -21,7 +21,7 @@ import torch
 from common import Results, arguments, median, out_path, table
 from learn import batches, default_text, in_parallel, text, train
 from models import VOCAB, size
-from torch import Tensor, nn
+from torch import Tensor
 
 INPUTS = ("random", "constant", "pattern", "scaled")
 SHARES = (0.05, 0.5, 1.0)
@@ -30,20 +30,15 @@ ROWS = list(itertools.product(INPUTS, SHARES, RETENTIONS))
 SEGMENT = 1024
 
 
-class Forced(nn.Module):
-    """The layer's gates with eta (and in some rows alpha) replaced, row by row."""
-
-    def __init__(self, gates: Any) -> None:
-        super().__init__()
-        self.gates = gates
-        self.share = torch.tensor([share for _, share, _ in ROWS]).view(-1, 1, 1)
-        self.keep = torch.tensor([kept == "one" for _, _, kept in ROWS]).view(-1, 1, 1)
-
-    def forward(self, raw: dict[str, Tensor]) -> tuple[Tensor, ...]:
-        """k, v, q as the layer makes them; eta and alpha as forced."""
-        k, v, q, eta, alpha = self.gates(raw)
-        eta = (self.share * self.gates.eta_max).to(eta.dtype).expand_as(eta)
-        return k, v, q, eta, torch.where(self.keep, torch.ones_like(alpha), alpha)
+def force(layer: Any, share: float, retention: str) -> None:
+    """Make the layer's gates give ``eta = share * eta_max`` (and alpha = 1) at every token."""
+    readout, gates = layer.projections.readout, layer.gates
+    with torch.no_grad():
+        readout["eta"].zero_()
+        gates.eta_bias.fill_(40.0 if share == 1.0 else math.log(share / (1 - share)))
+        if retention == "one":
+            readout["alpha"].zero_()
+            gates.alpha_bias.fill_(40.0)  # its sigmoid is 1 in float32
 
 
 def stream(dim: int, start: int, stop: int) -> Tensor:
@@ -70,41 +65,49 @@ def run_cell(
     """One stream; the largest absolute output and state, and whether all of it was finite."""
     from nestlearn.nn.self_modifying import SelfModifyingTitans
 
-    torch.manual_seed(0)
-    layer = SelfModifyingTitans(
-        dim, heads, memory_depth=depth, memory_chunk=chunk, projection_chunk=chunk,
-        objective=objective,
-    ).to(getattr(torch, dtype))  # fmt: skip
-    layer.gates = Forced(layer.gates)
+    layers = {}
+    for share, retention in itertools.product(SHARES, RETENTIONS):
+        torch.manual_seed(0)
+        layer = SelfModifyingTitans(
+            dim, heads, memory_depth=depth, memory_chunk=chunk, projection_chunk=chunk,
+            objective=objective,
+        ).to(getattr(torch, dtype))  # fmt: skip
+        force(layer, share, retention)
+        layers[share, retention] = (
+            [n for n, r in enumerate(ROWS) if r[1:] == (share, retention)],
+            layer,
+        )
     output = torch.zeros(len(ROWS))
     weights = torch.zeros(len(ROWS))
     finite = torch.ones(len(ROWS), dtype=torch.bool)
-    state: Any = None
+    states: dict[Any, Any] = dict.fromkeys(layers)
     began = time.perf_counter()
     with torch.inference_mode():
         for start in range(0, tokens, SEGMENT):
             x = stream(dim, start, min(start + SEGMENT, tokens)).to(getattr(torch, dtype))
-            y, state = layer(x, state)
-            memories = [*state.memory.weights, *state.projections.weights]
-            finite &= y.isfinite().flatten(1).all(1)
-            output = torch.maximum(output, y.float().abs().flatten(1).amax(1))
-            for w in memories:
-                finite &= w.isfinite().flatten(1).all(1)
-                weights = torch.maximum(weights, w.float().abs().flatten(1).amax(1))
+            for key, (rows, layer) in layers.items():
+                y, state = layer(x[rows], states[key])
+                states[key] = state
+                finite[rows] &= y.isfinite().flatten(1).all(1)
+                output[rows] = torch.maximum(output[rows], y.float().abs().flatten(1).amax(1))
+                for w in (*state.memory.weights, *state.projections.weights):
+                    finite[rows] &= w.isfinite().flatten(1).all(1)
+                    weights[rows] = torch.maximum(weights[rows], w.abs().flatten(1).amax(1))
             if not finite.all():
                 break
-    rows = [
+    listed = [
         {"input": i, "eta_share": s, "alpha": a, "max_output": float(output[n]),
          "max_state": float(weights[n]), "finite": bool(finite[n])}
         for n, (i, s, a) in enumerate(ROWS)
     ]  # fmt: skip
     return {
+        "eta_max": layer.gates.eta_max,
         "tokens": start + x.shape[1],
         "finite": bool(finite.all()),
         "max_output": float(output.max()),
         "max_state": float(weights.max()),
         "seconds": time.perf_counter() - began,
-        "streams": rows,
+        "streams": listed,
     }
 
 

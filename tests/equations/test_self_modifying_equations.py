@@ -74,7 +74,7 @@ class Memory:
 
     def __init__(self, weights, group, beta):
         self.start = self.now = self.initial = list(weights)
-        self.bounds = [w.detach().norm(dim=1, keepdim=True).clamp(min=1.0) for w in weights]
+        self.bounds = [1.5 * w.detach().norm(dim=1, keepdim=True).clamp(min=1) for w in weights]
         self.momentum = [torch.zeros_like(w) for w in weights]
         self.chunk, self.rule, self.beta, self.count = group.chunk, group.rule, beta, 0
         self.truncate = group.truncate

@@ -62,7 +62,7 @@ def everything(layer, x):
     found = {"y": y, **states}
     weights = torch.Generator().manual_seed(5)
     loss = sum(
-        (t * torch.randn(t.shape, generator=weights, dtype=t.dtype)).sum()
+        (t * torch.randn(t.shape, generator=weights, dtype=torch.float64).to(t.dtype)).sum()
         for t in found.values()
         if t.requires_grad
     )

@@ -30,6 +30,8 @@ from nestlearn.rules.chunk import ChunkWrite
 
 VECTORS = ("k", "v", "q")
 ROLES = ("k", "v", "q", "eta", "alpha")
+# Rows start inside their bound: at the bound, rounding would decide which gradient they get.
+ROOM = 1.5
 
 
 class MemoryGroup(nn.Module):
@@ -107,9 +109,9 @@ class MemoryGroup(nn.Module):
         return tuple(i + (w - i).detach() for i, w in zip(initial, memory, strict=True))
 
     def bounds(self, dtype: torch.dtype) -> Tensors:
-        """Row-norm bounds of the fast weights: the initial norm, at least 1."""
+        """Row-norm bounds of the fast weights: ROOM times the initial norm, or ROOM."""
         return tuple(
-            w.detach().norm(dim=-1, keepdim=True).clamp(min=1.0)
+            ROOM * w.detach().norm(dim=-1, keepdim=True).clamp(min=1.0)
             for w in self.initial_weights(dtype)
         )
 

@@ -87,7 +87,8 @@ class SelfModifyingTitans(nn.Module):
         truncate: True lets no outer gradient pass a chunk's boundary, but for that of the initial
             states (truncated backpropagation); False: the gradient goes through all writes.
         adaptive: roles among k, v, q, eta, alpha that have a memory; others are linear maps.
-        eta_max: largest inner learning rate.
+        eta_max: largest inner learning rate. Above 1 a write may turn an answer round (the proximal
+            step exceeds 1/2), which tracking a state such as a parity takes.
         conv_size: window of the causal convolution before the projections.
         checkpoint_chunks: > 0: recompute activations in the backward pass, so many chunks at once.
 
@@ -127,7 +128,7 @@ class SelfModifyingTitans(nn.Module):
         targets: str = "generated",
         truncate: bool = False,
         adaptive: tuple[str, ...] = ("k", "v", "eta", "alpha"),
-        eta_max: float = 1.0,
+        eta_max: float = 8.0,
         conv_size: int = 4,
         checkpoint_chunks: int = 0,
     ):

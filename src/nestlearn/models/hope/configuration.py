@@ -155,7 +155,7 @@ class HopeConfig(PreTrainedConfig):
     memory_targets: str = "generated"
     memory_truncate: bool = False
     memory_adaptive: list[str] | tuple[str, ...] = ("k", "v", "eta", "alpha")
-    eta_max: float = 1.0
+    eta_max: float = 8.0
     conv_size: int = 4
     sliding_window: int | None = None
     cms_periods: list[int] | tuple[int, ...] = (1,)
