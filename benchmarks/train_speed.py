@@ -94,6 +94,7 @@ def groups(quick: bool) -> dict[str, list[Cell]]:
             theirs("fla_naive_layer", "fla_layer", **single, heads=heads, chunk=64),
             ours("gated_deltanet_layer", "layer", **single, heads=heads, kind="gated_deltanet"),
             theirs("fla_naive_rule_alone", "fla_rule", **single, heads=heads, chunk=64),
+            ours("gated_deltanet_rule_alone", "rule", **single, heads=heads),
         ]),
         "memory": [],
     }  # fmt: skip
@@ -292,6 +293,8 @@ def targets(results: Results) -> list[dict[str, Any]]:
             "gated DeltaNet layer / FLA naive layer",
             "linear", "gated_deltanet_layer", "fla_naive_layer", 3,
         ),
+        ("gated DeltaNet rule / FLA naive chunk code",
+         "linear", "gated_deltanet_rule_alone", "fla_naive_rule_alone", 3),
     ]  # fmt: skip
     for chunk in (16, 64):
         for kind in ("d2_x1", "d2_x4", "d3_x1", "default"):

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from models import VOCAB, hope, size
+from rule_alone import rule_trial
 from serve import Trial, serve, training_step
 from torch import Tensor, nn
 from transformer import Transformer
@@ -138,7 +139,20 @@ def layer(
     return _trial(built, built, loss, batch * length, batch=batch)
 
 
-BUILDERS = {"transformer": transformer, "model": model, "layer": layer}
+def rule(chunk: int = 64, **sizes: int) -> Trial:
+    """The rule of the gated DeltaNet preset alone."""
+    from nestlearn.rules.dispatch import apply_rule
+
+    def run(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Tensor:
+        q, k, v = (t.transpose(1, 2).contiguous() for t in (q, k, v))
+        M = q.new_zeros(*q.shape[:2], v.shape[-1], k.shape[-1])
+        alpha, eta = g.exp().mT, beta.mT
+        return apply_rule("delta", M, q, k, v, eta, alpha, gated=True, chunk=chunk)[0]
+
+    return rule_trial(run, **sizes)
+
+
+BUILDERS = {"transformer": transformer, "model": model, "layer": layer, "rule": rule}
 
 
 if __name__ == "__main__":

@@ -7,10 +7,10 @@ requests on standard input (see ``serve.py``).
 from __future__ import annotations
 
 import argparse
-import copy
 
 import torch
 import torch.nn.functional as F
+from rule_alone import rule_trial
 from serve import Trial, serve, training_step
 from torch import Tensor, nn
 
@@ -173,28 +173,14 @@ def fla_layer(dim: int, heads: int, batch: int, length: int, chunk: int = 64) ->
     return Trial(training_step(layer, loss), batch * length, _size(layer))
 
 
-def fla_rule(dim: int, heads: int, batch: int, length: int, chunk: int = 64) -> Trial:
-    """The naive chunk function alone, forward and backward to all its inputs."""
+def fla_rule(chunk: int = 64, **sizes: int) -> Trial:
+    """The naive chunk function alone."""
     from fla.ops.gated_delta_rule.naive import naive_chunk_gated_delta_rule
 
-    inputs = rule_inputs(dim, heads, batch, length)
+    def rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Tensor:
+        return naive_chunk_gated_delta_rule(q, k, v, g=g, beta=beta, chunk_size=chunk, scale=1.0)[0]
 
-    def step() -> float:
-        q, k, v, g, beta = (copy.copy(t).detach().requires_grad_() for t in inputs)
-        y, _ = naive_chunk_gated_delta_rule(q, k, v, g=g, beta=beta, chunk_size=chunk, scale=1.0)
-        loss = y.square().mean()
-        loss.backward()
-        return float(loss.detach())
-
-    return Trial(step, batch * length, 0)
-
-
-def rule_inputs(dim: int, heads: int, batch: int, length: int) -> list[Tensor]:
-    """q, k, v (batch, length, heads, width), log decay and step size (batch, length, heads)."""
-    generator = torch.Generator().manual_seed(0)
-    q, k, v = torch.randn(3, batch, length, heads, dim // heads, generator=generator).unbind(0)
-    g, beta = torch.randn(2, batch, length, heads, generator=generator).unbind(0)
-    return [F.normalize(q, dim=-1), F.normalize(k, dim=-1), v, F.logsigmoid(g + 4), beta.sigmoid()]
+    return rule_trial(rule, **sizes)
 
 
 BUILDERS = {

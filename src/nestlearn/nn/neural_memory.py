@@ -204,7 +204,7 @@ class NeuralMemory(nn.Module):
         )
         with torch.autocast(x.device.type, enabled=False):
             out, memory = self._remember(q, k, v, scalars, state.memory)
-            out = self.gain * out * torch.rsqrt(out.square().mean(-1, keepdim=True) + 1e-6)
+            out = self.gain * F.rms_norm(out, (out.shape[-1],), eps=1e-6)
         out = out.transpose(1, 2).flatten(2).to(gate.dtype)
         y = self.out_proj(out * F.silu(gate))
         return y, NeuralMemoryState(history, memory)
@@ -283,7 +283,7 @@ class NeuralMemory(nn.Module):
 
 def _root_mean_square(x: Tensor) -> Tensor:
     """Heads with unit root-mean-square (no gain: the projection has one)."""
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
+    return F.rms_norm(x, (x.shape[-1],), eps=1e-6)
 
 
 def _logit(p: float) -> float:
