@@ -138,7 +138,6 @@ class MemoryGroup(nn.Module):
     def plan(self, **more: Any) -> native.Plan:
         """What the CPU kernel has to know of this group."""
         return native.Plan(
-            chunk=self.chunk,
             objective=self.rule.objective,
             anchored=self.rule.retention == "initial",
             generated_targets=self.rule.targets == "generated",
@@ -238,7 +237,7 @@ class ProjectionCell:
         roles = {n: gates.role(n, raw) for n, raw in zip(self.fixed, inputs[1:], strict=True)}
         if not gates.weight_decay:
             roles["alpha"] = inputs[0].new_ones(inputs[0].shape[:-1])
-        plan = memories.plan(generated=memories.roles, eta_max=gates.eta_max)
+        plan = memories.plan(chunk=self.chunk, generated=memories.roles, eta_max=gates.eta_max)
         scalars = [r for r in memories.roles if r not in VECTORS]
         made, _, memory = native.run_chunks(
             plan,
@@ -290,9 +289,11 @@ class MainMemory(MemoryGroup):
         """`run`, where the CPU kernel can."""
         return self.run if self.runs_native and native.usable(memory) else None
 
-    def run(self, memory: Tensors, inputs: Tensors) -> tuple[Tensors, Tensors]:
-        """Any number of whole chunks at once."""
-        plan = self.plan(token=self.readout == "token")
+    def run(
+        self, memory: Tensors, inputs: Tensors, chunk: int | None = None
+    ) -> tuple[Tensors, Tensors]:
+        """Any number of whole chunks at once, of ``chunk`` tokens instead of the memory's own."""
+        plan = self.plan(chunk=chunk or self.chunk, token=self.readout == "token")
         roles = dict(zip(ROLES, inputs, strict=True))
         dtype = memory[0].dtype
         bounds, initial = self.bounds(dtype), self.initial_weights(dtype)
@@ -302,12 +303,25 @@ class MainMemory(MemoryGroup):
 
     def _read_written(self, memory: Tensors, rows: Tensors, q: Tensor) -> tuple[Tensor, Tensors]:
         """``M_t(q_t)`` for the last tokens of ``rows``, and the memory after all of them."""
+        count, rest = q.shape[2], rows[0].shape[2] - q.shape[2]
+        if self.runner(memory) is not None:  # rows as one chunk of their own length
+            # Padded to whole vectors with tokens that write nothing: eta = 0, alpha = 1.
+            extra = -(rest + count) % native.LANES
+            k, v = (F.pad(t, (0, 0, 0, extra)) for t in rows[:2])
+            inputs = (
+                k,
+                v,
+                F.pad(q, (0, 0, rest, extra)),
+                F.pad(rows[2], (0, extra)),
+                F.pad(rows[3], (0, extra), value=1.0),
+            )
+            (out,), memory = self.run(memory, inputs, k.shape[2])
+            return out[:, :, rest : rest + count], memory
         if self.is_plain:
             done = self._write(memory, rows)
             return respond_after(done, q.mT).mT, self.guard(done.weights)
-        count = q.shape[2]
         writes = self.chunk_writes(memory, rows)
-        padded = F.pad(q, (0, 0, rows[0].shape[2] - count, 0))
+        padded = F.pad(q, (0, 0, rest, 0))
         out = respond_per_token(writes, padded, self.anchors(q.dtype))
         return out[:, :, -count:], self.finish(writes, memory)
 

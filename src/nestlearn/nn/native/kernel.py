@@ -28,6 +28,7 @@ Tensors = tuple[Tensor, ...]
 ROLES = ("k", "v", "q", "eta", "alpha")
 VECTORS = ("k", "v", "q")
 MAX_DEPTH = 4
+LANES = 16  # float32 numbers of a vector: chunks of a multiple are fastest
 _SUFFIX = {torch.float32: "f32", torch.float64: "f64"}
 
 
