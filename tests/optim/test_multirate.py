@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+import nestlearn as nl
 from nestlearn.levels.clock import NEVER, Clock
 from nestlearn.optim import MultiRate, describe_levels, level_groups
 
@@ -232,14 +233,15 @@ def test_level_groups_of_hope() -> None:
 
     model = HopeForCausalLM(HopeConfig.preset("tiny", cms_periods=[1, 4]))
     groups = level_groups(model, lr=0.1, weight_decay=0.3)
-    assert [(g["period"], g["weight_decay"]) for g in groups] == [(1, 0.3), (1, 0.0), (4, 0.3)]
+    kinds = [(g["period"], round(g["lr"], 6), g["weight_decay"]) for g in groups]
+    memories = [(1, 0.025, 0.3), (1, 0.025, 0.0)]
+    assert kinds == [*memories, (1, 0.1, 0.3), (1, 0.1, 0.0), (4, 0.025, 0.3)]
     names = {p: name for name, p in model.named_parameters()}
     found = [names[p] for g in groups for p in g["params"]]
     assert sorted(found) == sorted(names.values())
-    plain = {names[p] for p in groups[1]["params"]}
-    assert "model.embed_tokens.weight" in plain
-    assert any("initial" in name for name in plain)
-    assert all(".cms." in names[p] for p in groups[2]["params"])
+    assert any("initial" in names[p] for p in groups[1]["params"])
+    assert "model.embed_tokens.weight" in {names[p] for p in groups[3]["params"]}
+    assert all(".cms." in names[p] for p in groups[4]["params"])
     assert "every 4 steps" in describe_levels(groups)
 
 
@@ -262,3 +264,18 @@ def test_level_groups_follow_lr_scale_and_never() -> None:
     groups = level_groups(layer, lr=0.1)
     slow = [g for g in groups if g["period"] == 8]
     assert {g["lr"] for g in slow} == {0.05} and {g["period"] for g in groups} == {1, 8}
+
+
+def test_memories_of_a_self_modifying_layer_learn_at_a_quarter() -> None:
+    layer = nl.nn.SelfModifyingTitans(8, heads=2)
+    groups = level_groups(layer, lr=1.0)
+    rates = {p: group["lr"] for group in groups for p in group["params"]}
+    slow = [*layer.memory.parameters(), *layer.projections.parameters(), *layer.gates.parameters()]
+    assert {rates[p] for p in slow} == {0.25}
+    assert rates[layer.in_proj.weight] == rates[layer.norm_weight] == 1.0
+
+
+def test_a_slow_level_of_hope_has_its_share_of_the_rate() -> None:
+    config = nl.HopeConfig.preset("tiny", mixer="attention", cms_periods=[1, 4])
+    groups = level_groups(nl.HopeForCausalLM(config), lr=1.0)
+    assert {(g["period"], g["lr"]) for g in groups} == {(1, 1.0), (4, 0.25)}

@@ -47,6 +47,8 @@ class MemoryGroup(nn.Module):
         truncate: let no outer gradient pass a chunk's boundary, but for the initial states.
     """
 
+    lr_scale = 0.25  # of the outer learning rate, see optim/groups.py; measured: docs/results.md
+
     def __init__(
         self,
         heads: int,
@@ -332,6 +334,8 @@ class Gates(nn.Module):
     Retention starts spread over heads, so that what is written fades to a half within
     ``half_lives`` tokens, shortest in the first head and longest in the last.
     """
+
+    lr_scale = 0.25
 
     def __init__(
         self, heads: int, eta_max: float, weight_decay: bool, half_lives: tuple[float, float]

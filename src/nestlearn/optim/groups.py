@@ -25,6 +25,9 @@ def level_groups(model: nn.Module, lr: float, weight_decay: float = 0.1) -> list
     where they have a head axis, and what a memory's meta-learned initial state forgets is decided
     by its own retention alpha.
 
+    A module with a number ``lr_scale`` has its own share of the learning rate for its parameters:
+    the meta-learned initial states and gates of self-modifying memories learn at a quarter.
+
     Args:
         model: any module; frozen parameters and levels of period ``NEVER`` are left out.
         lr: learning rate of a level whose ``lr_scale`` is 1.
@@ -45,9 +48,16 @@ def level_groups(model: nn.Module, lr: float, weight_decay: float = 0.1) -> list
     embeddings = {
         p for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters(False)
     }
+    slower = {
+        p: share
+        for module in model.modules()
+        if isinstance(share := getattr(module, "lr_scale", None), float)
+        for p in module.parameters()
+    }
     groups: dict[tuple[int, float, bool], list[Tensor]] = {}
     for name, p in model.named_parameters():
         period, scale = clocks.get(p, (1, 1.0))
+        scale *= slower.get(p, 1.0)
         if p.requires_grad and period != NEVER:
             plain = p.ndim < 2 or p in embeddings or any(word in name for word in _UNDECAYED)
             groups.setdefault((period, scale, plain), []).append(p)

@@ -49,7 +49,8 @@ class HopeBlock(nn.Module):
         self.cms = ContinuumMemory(
             config.hidden_size,
             config.intermediate_size or 4 * config.hidden_size,
-            levels=[Level(period=period) for period in config.cms_periods],
+            # An adaptive optimizer makes a sum of many gradients a step as large as any other.
+            levels=[Level(period=p, lr_scale=1 / p) for p in config.cms_periods],
             kind=config.cms_kind,
             error="outer",
             activation=config.hidden_act,
