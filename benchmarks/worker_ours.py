@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformer import Transformer
 
 from nestlearn.nn.compiled import compile_model
+from nestlearn.nn.self_memories import MemoryGroup
 
 
 def _tokens(batch: int, length: int) -> Tensor:
@@ -35,12 +36,8 @@ def path_of(model: nn.Module) -> str:
     return "compiled" if wrapped else "eager"
 
 
-def _runs_native(layer: Any) -> bool:
-    if not getattr(layer, "runs_native", False):
-        return False
-    from nestlearn.nn import native
-
-    return native.usable(tuple(layer.initial))
+def _runs_native(layer: nn.Module) -> bool:
+    return isinstance(layer, MemoryGroup) and layer.runs_native(tuple(layer.initial))
 
 
 def _without_native() -> None:

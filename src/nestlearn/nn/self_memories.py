@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from nestlearn.memory.state import MemoryState
 from nestlearn.memory.structures import weight_shapes
 from nestlearn.nn import native
+from nestlearn.nn.native import ROLES, VECTORS
 from nestlearn.nn.pointwise import guard_rows, unit
 from nestlearn.nn.scan import Run
 from nestlearn.nn.self_write import (
@@ -28,8 +29,8 @@ from nestlearn.nn.self_write import (
 )
 from nestlearn.rules.chunk import ChunkWrite
 
-VECTORS = ("k", "v", "q")
-ROLES = ("k", "v", "q", "eta", "alpha")
+# Of the outer learning rate, see optim/groups.py; measured: docs/results.md.
+LR_SCALE = 0.25
 # Rows start inside their bound: at the bound, rounding would decide which gradient they get.
 ROOM = 1.5
 
@@ -47,7 +48,7 @@ class MemoryGroup(nn.Module):
         truncate: let no outer gradient pass a chunk's boundary, but for the initial states.
     """
 
-    lr_scale = 0.25  # of the outer learning rate, see optim/groups.py; measured: docs/results.md
+    lr_scale = LR_SCALE
 
     def __init__(
         self,
@@ -132,10 +133,9 @@ class MemoryGroup(nn.Module):
         """DGD without momentum: the hot path."""
         return self.rule.delta and self.momentum_logit is None
 
-    @property
-    def runs_native(self) -> bool:
-        """Whether the CPU kernel has this group's rule; see `nestlearn.nn.native`."""
-        return self.is_plain and len(self.initial) <= native.MAX_DEPTH
+    def runs_native(self, memory: Tensors) -> bool:
+        """Whether the CPU kernel has this group's rule and can run on these weights."""
+        return self.is_plain and len(self.initial) <= native.MAX_DEPTH and native.usable(memory)
 
     def plan(self, **more: Any) -> native.Plan:
         """What the CPU kernel has to know of this group."""
@@ -230,7 +230,7 @@ class ProjectionCell:
 
     def runner(self, memory: Tensors) -> Run | None:
         """`run`, where the CPU kernel can."""
-        return self.run if self.memories.runs_native and native.usable(memory) else None
+        return self.run if self.memories.runs_native(memory) else None
 
     def run(self, memory: Tensors, inputs: Tensors) -> tuple[Tensors, Tensors]:
         """Any number of whole chunks at once."""
@@ -289,7 +289,7 @@ class MainMemory(MemoryGroup):
 
     def runner(self, memory: Tensors) -> Run | None:
         """`run`, where the CPU kernel can."""
-        return self.run if self.runs_native and native.usable(memory) else None
+        return self.run if self.runs_native(memory) else None
 
     def run(
         self, memory: Tensors, inputs: Tensors, chunk: int | None = None
@@ -306,7 +306,7 @@ class MainMemory(MemoryGroup):
     def _read_written(self, memory: Tensors, rows: Tensors, q: Tensor) -> tuple[Tensor, Tensors]:
         """``M_t(q_t)`` for the last tokens of ``rows``, and the memory after all of them."""
         count, rest = q.shape[2], rows[0].shape[2] - q.shape[2]
-        if self.runner(memory) is not None:  # rows as one chunk of their own length
+        if self.runs_native(memory):  # rows as one chunk of their own length
             # Padded to whole vectors with tokens that write nothing: eta = 0, alpha = 1.
             extra = -(rest + count) % native.LANES
             k, v = (F.pad(t, (0, 0, 0, extra)) for t in rows[:2])
@@ -335,7 +335,7 @@ class Gates(nn.Module):
     ``half_lives`` tokens, shortest in the first head and longest in the last.
     """
 
-    lr_scale = 0.25
+    lr_scale = LR_SCALE
 
     def __init__(
         self, heads: int, eta_max: float, weight_decay: bool, half_lives: tuple[float, float]

@@ -11,12 +11,11 @@ from torch import Tensor, nn
 
 from nestlearn.memory.state import MemoryState, State
 from nestlearn.nn.conv import CausalConv
+from nestlearn.nn.native import ROLES, VECTORS
 from nestlearn.nn.pointwise import unit
 from nestlearn.nn.ragged import run_ragged
 from nestlearn.nn.scan import scan
 from nestlearn.nn.self_memories import (
-    ROLES,
-    VECTORS,
     Gates,
     MainMemory,
     ProjectionCell,

@@ -117,8 +117,8 @@ def _loaded() -> bool:
             raise RuntimeError("nestlearn changed while this process ran; start it again")
     if library is None and not reason.startswith("turned off"):
         warnings.warn(
-            "nestlearn runs self-modifying memories as PyTorch operations, which is some two times "
-            f"slower: {reason}. NESTLEARN_NATIVE=0 silences this.",
+            "nestlearn runs self-modifying memories as PyTorch operations, two to three times "
+            f"slower than its kernel: {reason}. NESTLEARN_NATIVE=0 silences this.",
             RuntimeWarning,
             stacklevel=2,
         )
