@@ -15,6 +15,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from nestlearn.files import save_tensors
+
 
 @dataclasses.dataclass
 class State:
@@ -139,21 +141,6 @@ class MemoryState(State):
     def freeze(self, frozen: bool = True) -> MemoryState:
         """The same memory, read-only (or writable again)."""
         return dataclasses.replace(self, frozen=frozen)
-
-
-def save_tensors(flat: dict[str, Tensor], path: str | Path, metadata: dict[str, str] | None = None):
-    """Write tensors to a safetensors file: temporary file, fsync, rename."""
-    import os
-
-    from safetensors.torch import save_file
-
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    # Clones: safetensors refuses tensors that share storage, and states often are views.
-    save_file({k: v.detach().contiguous().clone() for k, v in flat.items()}, temporary, metadata)
-    with open(temporary, "rb") as handle:
-        os.fsync(handle.fileno())
-    os.replace(temporary, path)
 
 
 def _map(value: Any, fn: Callable[[Tensor], Tensor]) -> Any:

@@ -8,13 +8,10 @@ among it a checksum of each file. A folder gets its name only when it is complet
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import random
 import re
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +22,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from nestlearn.files import checksum, pack, unpack, write_folder
+
 _NAME = re.compile(r"step-(\d{8,})")
 _STATE = "state.json"
 
@@ -33,7 +32,7 @@ def save_model(
     folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
 ) -> None:
     """Write a Hugging Face folder, replacing an older one as a whole."""
-    _atomically(folder, lambda new: _write_model(new, model, tokenizer))
+    write_folder(folder, lambda new: _write_model(new, model, tokenizer))
 
 
 def save_checkpoint(
@@ -54,12 +53,12 @@ def save_checkpoint(
     def write(new: Path) -> None:
         _write_model(new, model, tokenizer)
         tensors: dict[str, Tensor] = {}
-        tree = _pack(state, tensors)
+        tree = pack(state, tensors)
         save_file(tensors, new / "state.safetensors")
-        sums = {p.name: _checksum(p) for p in sorted(new.iterdir())}
+        sums = {p.name: checksum(p) for p in sorted(new.iterdir())}
         (new / _STATE).write_text(json.dumps({"format": 1, "sha256": sums, "state": tree}))
 
-    _atomically(folder, write)
+    write_folder(folder, write)
     for old in list_checkpoints(root)[:-keep]:
         shutil.rmtree(old)
     return folder
@@ -106,13 +105,13 @@ def load_checkpoint(folder: Path, model: PreTrainedModel) -> dict[str, Any]:
     """
     content = json.loads((folder / _STATE).read_text())
     for name, expected in content["sha256"].items():
-        if not (folder / name).is_file() or _checksum(folder / name) != expected:
+        if not (folder / name).is_file() or checksum(folder / name) != expected:
             raise ValueError(
                 f"checkpoint {folder} is damaged ({name}); delete it to continue from an older one"
             )
     load_weights(model, folder)
     tensors = load_file(folder / "state.safetensors")
-    state: dict[str, Any] = _unpack(content["state"], tensors)
+    state: dict[str, Any] = unpack(content["state"], tensors)
     return state
 
 
@@ -177,59 +176,3 @@ def _write_model(
             transformers_logging.enable_progress_bar()
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-
-
-def _atomically(folder: Path, write: Callable[[Path], None]) -> None:
-    """Fill a temporary folder, flush it to disk, then give it its name."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
-        write(temporary)
-        for file in temporary.iterdir():
-            with file.open("rb") as handle:
-                os.fsync(handle.fileno())
-        if folder.exists():
-            old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
-            os.replace(folder, old)
-            os.replace(temporary, folder)
-            shutil.rmtree(old)
-        else:
-            os.replace(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _checksum(path: Path) -> str:
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
-def _pack(value: Any, tensors: dict[str, Tensor]) -> Any:
-    """JSON for everything but tensors, which go to ``tensors`` and leave their name."""
-    if isinstance(value, Tensor):
-        name = str(len(tensors))
-        tensors[name] = value.detach().cpu().contiguous().clone()
-        return {"tensor": name}
-    if isinstance(value, dict):
-        return {"dict": [[_pack(k, tensors), _pack(v, tensors)] for k, v in value.items()]}
-    if isinstance(value, tuple):
-        return {"tuple": [_pack(v, tensors) for v in value]}
-    if isinstance(value, list):
-        return [_pack(v, tensors) for v in value]
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    raise ValueError(f"a checkpoint cannot hold a {type(value).__name__}: {value!r:.80}")
-
-
-def _unpack(value: Any, tensors: dict[str, Tensor]) -> Any:
-    if isinstance(value, list):
-        return [_unpack(v, tensors) for v in value]
-    if not isinstance(value, dict):
-        return value
-    if "tensor" in value:
-        return tensors[value["tensor"]]
-    if "tuple" in value:
-        return tuple(_unpack(v, tensors) for v in value["tuple"])
-    return {_unpack(k, tensors): _unpack(v, tensors) for k, v in value["dict"]}

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from nestlearn.memory.state import State, save_tensors
+from nestlearn.files import save_tensors
+from nestlearn.memory.state import State
 
 if TYPE_CHECKING:
     from nestlearn.models.hope.modeling import HopePreTrainedModel
