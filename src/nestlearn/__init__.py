@@ -5,6 +5,8 @@
 - ``nl.Level``, ``nl.Clock``, ``nl.NestedSystem``: who is updated when (SPEC §1);
 - ``nl.nn``: sequence layers that learn while they read, ``y, state = layer(x, state)``;
 - ``nl.optim``: optimizers whose levels are visible;
+- ``nl.adapt``, ``nl.unadapt``, ``nl.Learner``, ``nl.Memory``: a pre-trained model that keeps
+  learning, and what it learned as a file;
 - ``nl.HopeConfig``, ``nl.HopeModel``, ``nl.HopeForCausalLM``: Hope as a Hugging Face model, known
   to ``AutoConfig`` and ``AutoModelForCausalLM`` as ``model_type="hope"``.
 """
@@ -19,6 +21,7 @@ from nestlearn._lazy import lazy_exports
 
 if TYPE_CHECKING:
     from nestlearn import nn, optim
+    from nestlearn.adaptation import Learner, Memory, adapt, unadapt
     from nestlearn.levels.clock import Clock
     from nestlearn.levels.level import Level
     from nestlearn.levels.system import NestedSystem
@@ -31,11 +34,15 @@ __all__ = [
     "HopeConfig",
     "HopeForCausalLM",
     "HopeModel",
+    "Learner",
     "Level",
+    "Memory",
     "NestedSystem",
     "__version__",
+    "adapt",
     "nn",
     "optim",
+    "unadapt",
 ]
 
 __getattr__, __dir__ = lazy_exports(
@@ -44,6 +51,10 @@ __getattr__, __dir__ = lazy_exports(
         "Clock": "nestlearn.levels.clock",
         "Level": "nestlearn.levels.level",
         "NestedSystem": "nestlearn.levels.system",
+        "Learner": "nestlearn.adaptation",
+        "Memory": "nestlearn.adaptation",
+        "adapt": "nestlearn.adaptation",
+        "unadapt": "nestlearn.adaptation",
         "HopeConfig": "nestlearn.models.hope",
         "HopeModel": "nestlearn.models.hope",
         "HopeForCausalLM": "nestlearn.models.hope",

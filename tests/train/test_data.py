@@ -11,7 +11,7 @@ import pytest
 
 from nestlearn.train import Blocks, ByteTokenizer, Corpus, prepare, train_bpe
 from nestlearn.train.data import _split
-from nestlearn.train.sources import find_sources, read_documents
+from nestlearn.sources import find_sources, read_documents
 
 TOKENIZER = ByteTokenizer()
 
@@ -45,7 +45,7 @@ def test_text_files_folders_and_globs(tmp_path: Path) -> None:
 
 
 def test_large_files_come_in_pieces_cut_after_lines(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("nestlearn.train.sources._PIECE", 7)
+    monkeypatch.setattr("nestlearn.sources._PIECE", 7)
     content = "one\ntwo three four\n\nfivé and a line longer than a piece\nend"
     (tmp_path / "a.txt").write_text(content)
     pieces = list(read_documents(find_sources([str(tmp_path / "a.txt")])))

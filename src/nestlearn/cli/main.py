@@ -27,6 +27,11 @@ class Command:
 
 COMMANDS: dict[str, Command] = {
     "train": Command("nestlearn.cli.train", "Train", "train a model on text"),
+    "learn": Command("nestlearn.cli.learn", "Learn", "teach a pre-trained model from files"),
+    "chat": Command("nestlearn.cli.chat", "Chat", "talk to a model with a memory"),
+    "memory": Command(
+        "nestlearn.cli.memory", "MemoryCommand", "show, compare, merge, roll back memory files"
+    ),
     "generate": Command("nestlearn.cli.generate", "Generate", "continue a prompt"),
     "demo": Command("nestlearn.cli.demo", "Demo", "train, sample and stream in three minutes"),
     "bench": Command("nestlearn.cli.bench", "Bench", "run a script of benchmarks/"),

@@ -31,8 +31,11 @@ class Level:
         fate: what becomes of the change a context made when the context ends: ``"discard"``,
             ``"keep"`` (carried to the next context) or ``"consolidate"`` (moved into the next
             slower level, which holds this level's initial state).
-        meta_rate: ``kind="nested"``: share of the next faster level's change that this level takes
-            into that level's initial state whenever this level is due.
+        meta_rate: share of the next faster level's change that this level takes over whenever it
+            is due: into that level's initial state (``kind="nested"``), or from that level into
+            itself (`nestlearn.adapt`: consolidation).
+        half_life: tokens within which a change that is not renewed fades to a half
+            (`nestlearn.adapt`: retention towards the slower levels); None: it stays.
 
     Raises:
         ValueError: a value out of range, or a unit that does not fit the error.
@@ -50,6 +53,7 @@ class Level:
     eta: float = 0.1
     fate: str = "discard"
     meta_rate: float = 0.5
+    half_life: float | None = None
 
     def __post_init__(self) -> None:
         Clock(self.period)  # validates
@@ -75,6 +79,8 @@ class Level:
             value = getattr(self, field)
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"{field} must be 0 or more and finite, got {value!r}")
+        if self.half_life is not None and not self.half_life > 0:
+            raise ValueError(f"half_life must be more than 0 tokens, got {self.half_life!r}")
         if not 0 <= self.meta_rate <= 1:
             raise ValueError(f"meta_rate must be between 0 and 1, got {self.meta_rate!r}")
 

@@ -97,6 +97,10 @@ class ContinuumMemory(nn.Module):
         )
         names = [str(level.name) for level in self.levels]
         reserved = [n for n in names if hasattr(nn.ModuleDict, n)]
+        if any(level.half_life is not None for level in self.levels):
+            raise ValueError(
+                "half_life is for levels of nl.adapt; levels of a ContinuumMemory fade with `fate`"
+            )
         if len(set(names)) != len(names) or reserved:
             raise ValueError(f"level names must be unique and not {reserved or ''}, got {names}")
         slower = slower_levels(self.levels) if kind == "nested" else {}

@@ -62,7 +62,7 @@ class MultiRate(Optimizer):
     """An optimizer whose parameter groups are levels with their own clocks (Eq. 70-71).
 
     At every ``step()`` each level adds its gradients to an accumulator. A level that is due
-    (``Clock(period).due(step)``, steps counted from 1) gives the accumulated gradient to its inner
+    (`Clock`, steps counted from 1) gives the accumulated gradient to its inner
     optimizer, which makes one ordinary step; a level that is not due does no optimizer work. A
     level of period 1 has no accumulator and costs nothing extra; one of period ``NEVER`` is frozen.
 
@@ -165,20 +165,27 @@ class MultiRate(Optimizer):
     # -- the step -----------------------------------------------------------------------------
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One optimizer step: every level gathers its gradients, the levels that are due fire."""
+    def step(self, closure: Callable[[], Any] | None = None, *, units: int = 1) -> Any:
+        """One optimizer step: every level gathers its gradients, the levels that are due fire.
+
+        ``units``: how far the clocks advance. Where periods are counted in tokens it is the number
+        of tokens that the gradients come from, and a level fires (once) if it was due in between.
+        """
+        if units < 1:
+            raise ValueError(f"units must be 1 or more, got {units}")
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         fired = []
         for level in self.levels.values():
-            level.steps += 1
+            before = level.steps
+            level.steps += units
             if level.period == NEVER:
                 continue
             if level.period > 1:
                 self._gather(level)
-            if level.clock.due(level.steps):
+            if level.clock.boundaries(before, level.steps):
                 self._fire(level)
                 fired.append(level.name)
         self.fired = tuple(fired)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from nestlearn.train.sources import Notify, find_sources, read_documents
+from nestlearn.sources import Notify, find_sources, read_documents
 from nestlearn.train.tokenizers import fingerprint, is_byte_tokenizer
 
 _VERSION = 1
@@ -69,7 +69,7 @@ def prepare(
 
     Args:
         data: files, folders, globs or hub ids (``org/name[:subset][@split]``, read as a stream).
-        text_column: see `nestlearn.train.sources.read_documents`.
+        text_column: see `nestlearn.sources.read_documents`.
         max_tokens: stop reading after so many tokens.
         cache: folder of token files.
         notify: gets one line about what was left out or is being done.

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from nestlearn.interrupt import Interrupt
 from nestlearn.nn.compiled import compile_model
 from nestlearn.optim.groups import describe_levels, level_groups
 from nestlearn.optim.multirate import MultiRate
@@ -35,7 +36,6 @@ from nestlearn.train.checkpoint import (
 from nestlearn.train.config import TrainConfig
 from nestlearn.train.data import Blocks
 from nestlearn.train.distributed import Distributed
-from nestlearn.train.interrupt import Interrupt
 from nestlearn.train.logging import RunLog
 from nestlearn.train.nested import NestedLevels
 from nestlearn.train.progress import Progress

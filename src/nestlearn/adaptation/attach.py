@@ -1,0 +1,459 @@
+"""Levels for a model that exists: where they are attached, and how they are taken off again."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nestlearn.adaptation.fingerprint import fingerprint
+from nestlearn.adaptation.keys import calibrated_keys, generate_text
+from nestlearn.adaptation.memory import Layout, Memory, level_name
+from nestlearn.adaptation.sites import Site, find_sites, linear_shape
+from nestlearn.levels.clock import NEVER
+from nestlearn.levels.level import Level
+
+METHODS = ("added", "placement")
+PERIODS = (64, 512, 4096)
+"""Periods of the default levels, in tokens."""
+
+_HANDLE = "_nestlearn"
+_CHILD = "nestlearn"
+
+
+class AddedMemory(nn.Module):
+    """An associative memory beside the last linear map of an MLP: ``y + V K h`` (Eq. 74).
+
+    h is the MLP's hidden activation, K are keys that stay as they are, V the values that are
+    learned: the sum of all levels' values, which share the keys.
+
+    Args:
+        keys: K ``(r, H)``.
+        width: D.
+        like: type and device come from this weight.
+    """
+
+    keys: Tensor
+
+    def __init__(self, keys: Tensor, width: int, like: Tensor) -> None:
+        super().__init__()
+        # Not in the model's own files: keys belong to the memory and are stored with it.
+        self.register_buffer("keys", keys.to(like), persistent=False)
+        self.values = nn.Parameter(torch.zeros(width, len(keys)).to(like))
+
+    def forward(self, h: Tensor) -> Tensor:
+        """``V K h``: ``(..., H)`` to ``(..., D)``."""
+        return F.linear(F.linear(h, self.keys), self.values)
+
+
+@dataclasses.dataclass
+class Target:
+    """A weight that levels change: ``W = W_0 + sum of the levels' changes``.
+
+    Attributes:
+        weight: W, the parameter that the model computes with.
+        base: W_0, or None for zero.
+        levels: names of the levels that change it.
+        module: the linear map it belongs to.
+    """
+
+    weight: nn.Parameter
+    base: Tensor | None
+    levels: tuple[str, ...]
+    module: nn.Module
+
+
+class Adaptation:
+    """What `adapt` did to a model; found again with `adaptation_of`.
+
+    Attributes:
+        method: ``"added"`` or ``"placement"``.
+        levels: fastest first.
+        sites: the blocks that learn.
+        frozen_sites: the blocks that do not.
+        targets: name -> weight that is learned.
+        keys: of added memories, float32.
+        active: whether what was learned takes part in the forward pass.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        method: str,
+        levels: tuple[Level, ...],
+        sites: tuple[Site, ...],
+        frozen_sites: tuple[Site, ...],
+        keys: dict[str, Tensor],
+    ) -> None:
+        self.method, self.levels = method, levels
+        self.sites, self.frozen_sites, self.keys = sites, frozen_sites, keys
+        self.targets: dict[str, Target] = {}
+        self.active = True
+        self._rows: dict[str, _Rows] | None = None
+        self._hooks: list[Any] = []
+        every = (*sites, *frozen_sites)
+        self.base = fingerprint(
+            {
+                "embeddings": model.get_input_embeddings().weight,  # type: ignore[operator]
+                **{n: _weight(model, n) for site in every for n in site.linears},
+            }
+        )
+        self._required = {p: p.requires_grad for p in model.parameters()}
+        for p in self._required:
+            p.requires_grad_(False)
+        attach = self._attach_added if method == "added" else self._attach_placement
+        attach(model)
+
+    # -- attaching ----------------------------------------------------------------------------
+
+    def _attach_added(self, model: nn.Module) -> None:
+        names = tuple(level_name(level) for level in self.levels)
+        for site in self.sites:
+            module = model.get_submodule(site.output)
+            memory = AddedMemory(self.keys[site.output], site.width, _floating(module, site.output))
+            module.add_module(_CHILD, memory)
+            self.targets[site.output] = Target(memory.values, None, names, module)
+            self._hooks.append(module.register_forward_hook(self._added_hook(site.output, memory)))
+
+    def _attach_placement(self, model: nn.Module) -> None:
+        """Blocks are shared out by depth: the fastest level gets those next to the output."""
+        count = len(self.sites)
+        for i, site in enumerate(self.sites):
+            level = self.levels[len(self.levels) - 1 - i * len(self.levels) // count]
+            for name in site.linears:
+                module = model.get_submodule(name)
+                weight = _floating(module, name)
+                weight.requires_grad_()
+                base = weight.detach().clone()
+                self.targets[name] = Target(weight, base, (level_name(level),), module)
+                self._hooks.append(module.register_forward_hook(self._rows_hook(name)))
+
+    def _added_hook(self, name: str, memory: AddedMemory) -> Any:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+            if self._rows is not None:
+                return output + self._rows[name](inputs[0])
+            return output + memory(inputs[0]) if self.active else None
+
+        return hook
+
+    def _rows_hook(self, name: str) -> Any:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+            return None if self._rows is None else output + self._rows[name](inputs[0])
+
+        return hook
+
+    def remove(self) -> None:
+        """Take everything off; the base weights are back, bit for bit."""
+        for hook in self._hooks:
+            hook.remove()
+        for target in self.targets.values():
+            if target.base is None:
+                del target.module._modules[_CHILD]
+            else:
+                with torch.no_grad():
+                    target.weight.copy_(target.base)
+        for p, required in self._required.items():
+            p.requires_grad_(required)
+
+    # -- memories -----------------------------------------------------------------------------
+
+    @property
+    def layout(self) -> Layout:
+        """What memories of this model must fit."""
+        shapes = {name: tuple(t.weight.shape) for name, t in self.targets.items()}
+        rank = len(next(iter(self.keys.values()))) if self.keys else 0
+        keys = fingerprint(self.keys) if self.keys else ""
+        return Layout(self.base, self.method, rank, keys, shapes)
+
+    def new_memory(self, model_name: str = "") -> Memory:
+        """A memory in which nothing was learned yet."""
+        changes: dict[str, dict[str, Tensor]] = {level_name(level): {} for level in self.levels}
+        keys = {n: k.clone() for n, k in self.keys.items()}
+        return Memory(self.layout, self.levels, keys, changes, model=model_name)
+
+    @torch.no_grad()
+    def show(self, memory: Memory | None) -> None:
+        """Let the model compute with what a memory holds; None: with the base weights alone."""
+        for name, target in self.targets.items():
+            change = None if memory is None else memory.total(name)
+            refresh(target, [] if change is None else [change])
+
+    @contextlib.contextmanager
+    def inactive(self) -> Iterator[None]:
+        """Within it, the model is the base model (added memories cost nothing then)."""
+        before, self.active = self.active, False
+        weights = None
+        if self.method == "placement":
+            weights = {n: t.weight.detach().clone() for n, t in self.targets.items()}
+            self.show(None)
+        try:
+            yield
+        finally:
+            self.active = before
+            if weights is not None:
+                with torch.no_grad():
+                    for name, weight in weights.items():
+                        self.targets[name].weight.copy_(weight)
+
+    @contextlib.contextmanager
+    def rows(self, memories: Sequence[Memory | None]) -> Iterator[None]:
+        """Within it, row i of every batch is computed with the i-th memory (None: base model).
+
+        What the model itself was showing takes no part. The batch must have as many rows.
+
+        Raises:
+            ValueError: a memory that does not fit the model, or a batch of another size.
+        """
+        layout = self.layout
+        for i, memory in enumerate(memories):
+            # Keys may differ from row to row; all else must fit.
+            same = memory and dataclasses.replace(memory.layout, keys=layout.keys)
+            if same and (why := layout.difference(same)) is not None:
+                raise ValueError(f"memory {i} does not fit this model: {why}")
+        stacked = {n: _stack(n, t, memories) for n, t in self.targets.items()}
+        before, self._rows = self._rows, stacked
+        try:
+            with self.inactive():
+                yield
+        finally:
+            self._rows = before
+
+
+class _Rows:
+    """Changes of one target, a row each: ``x (B, T, in)`` to ``(B, T, out)``."""
+
+    def __init__(self, changes: Tensor, keys: Tensor | None, transposed: bool) -> None:
+        self.changes, self.keys, self.transposed = changes, keys, transposed
+
+    def __call__(self, x: Tensor) -> Tensor:
+        flat = x if x.ndim == 3 else x.reshape(len(self.changes), -1, x.shape[-1])
+        if len(flat) != len(self.changes):
+            raise ValueError(
+                f"rows() was given {len(self.changes)} memories, the batch has {len(flat)} rows"
+            )
+        if self.keys is not None:
+            flat = flat @ self.keys.mT
+        y = flat @ (self.changes if self.transposed else self.changes.mT)
+        return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+def _stack(name: str, target: Target, memories: Sequence[Memory | None]) -> _Rows:
+    weight = target.weight
+    empty = torch.zeros_like(weight, requires_grad=False)
+
+    def change(memory: Memory | None) -> Tensor:
+        total = None if memory is None else memory.total(name)
+        return empty if total is None else total.to(weight)
+
+    keys = None
+    if target.base is None:
+        own: AddedMemory = target.module._modules[_CHILD]  # type: ignore[assignment]
+        keys = torch.stack([own.keys if m is None else m.keys[name].to(weight) for m in memories])
+    transposed = target.base is not None and not isinstance(target.module, nn.Linear)
+    return _Rows(torch.stack([change(m) for m in memories]), keys, transposed)
+
+
+def refresh(target: Target, changes: Sequence[Tensor]) -> None:
+    """``W = W_0 + sum(changes)``, summed in float32 and rounded once."""
+    weight = target.weight
+    if not changes:
+        if target.base is None:
+            weight.zero_()
+        else:
+            weight.copy_(target.base)
+        return
+    total = changes[0] if len(changes) == 1 else torch.stack(list(changes)).sum(0)
+    if target.base is not None:
+        total = target.base.to(total) + total.to(target.base.device)
+    weight.copy_(total)
+
+
+def adapt(
+    model: nn.Module,
+    levels: Sequence[Level] | None = None,
+    *,
+    method: str = "added",
+    rank: int = 256,
+    frozen: float = 0.0,
+    sites: Sequence[str] | None = None,
+    calibration: Tensor | str | None = "generate",
+    seed: int = 0,
+) -> Any:
+    """Give a pre-trained language model levels that go on learning (§7.3, Eq. 70-74).
+
+    The model is changed in place and stays what it was: a Hugging Face model with ``generate``,
+    usable with Trainer, peft and ``torch.compile``. Its logits are the same bits until something
+    is learned, and again after `unadapt`.
+
+    - ``method="added"`` (Eq. 74, independent levels): beside every MLP a zero-initialised memory
+      ``y + V K h`` on the MLP's hidden activation h. All levels share the keys K and the memory's
+      work; V is the sum of what the levels learned. Memory files are small.
+    - ``method="placement"`` (the paper's §7.3): the MLPs themselves are the levels, shared out by
+      depth, the fastest next to the output. No new parameters, large memory files.
+
+    Args:
+        model: a decoder-only causal language model.
+        levels: their periods are counted in tokens; default 64, 512 and 4,096.
+        method: see above.
+        rank: keys per added memory, r.
+        frozen: share of the blocks, from the input up, that learn nothing. No backward work is
+            done in them.
+        sites: paths of the MLPs' last linear maps, where the structure is not recognised.
+        calibration: what the added memories' keys are fitted to (see `nestlearn.adaptation.keys`):
+            ``"generate"``, a text that the model generates (some seconds); tokens ``(B, T)`` of
+            general text; or None, random keys.
+        seed: of keys and generated text.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        ValueError: a model whose MLPs are not found, one that is adapted already, or settings out
+            of range.
+
+    Example:
+        >>> model = nl.adapt(model, levels=[nl.Level(period=64), nl.Level(period=512)])
+    """
+    if getattr(model, _HANDLE, None) is not None:
+        raise ValueError("the model is adapted already; nl.unadapt(model) takes the levels off")
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    if method == "added" and not (isinstance(rank, int) and rank >= 1):
+        raise ValueError(f"rank must be 1 or more, got {rank!r}")
+    if not 0 <= frozen < 1:
+        raise ValueError(f"frozen is a share of the blocks, 0 or more and below 1, got {frozen!r}")
+    chosen = _levels([Level(period=p) for p in PERIODS] if levels is None else levels)
+    found = find_sites(model, sites)
+    first = int(len(found) * frozen)
+    learning = found[first:]
+    if method == "placement" and len(chosen) > len(learning):
+        raise ValueError(
+            f"{len(chosen)} levels cannot be placed on {len(learning)} blocks; use fewer levels or "
+            "freeze less"
+        )
+    keys = {}
+    if method == "added":
+        keys = _keys(model, learning, rank, calibration, seed)
+    handle = Adaptation(model, method, chosen, learning, found[:first], keys)
+    setattr(model, _HANDLE, handle)
+    return model
+
+
+def adapt_to(model: nn.Module, memory: Memory) -> Any:
+    """Adapt a model as a memory needs it: its method, levels, blocks and keys.
+
+    Args:
+        model: the memory's base model, not adapted.
+        memory: see `nestlearn.adaptation.read_memory`.
+
+    Returns:
+        ``model``, still computing what it did; `nestlearn.Learner` takes the memory.
+
+    Raises:
+        ValueError: another base model, or one that is adapted already; it is unchanged then.
+    """
+    if getattr(model, _HANDLE, None) is not None:
+        raise ValueError("the model is adapted already; nl.unadapt(model) takes the levels off")
+    layout = memory.layout
+    try:
+        found = find_sites(model)
+    except ValueError:
+        if layout.method != "added":
+            raise
+        found = find_sites(model, list(layout.shapes))
+    names = set(layout.shapes)
+    learning = tuple(s for s in found if names & {s.output, *s.linears})
+    frozen = tuple(s for s in found if s not in learning)
+    missing = names - {n for s in learning for n in s.linears}
+    if missing or not learning:
+        raise ValueError(
+            "the memory does not fit this model, which has no "
+            f"{sorted(missing)[0] if missing else 'blocks to learn'}: another base model"
+        )
+    handle = Adaptation(model, layout.method, memory.levels, learning, frozen, memory.keys)
+    why = handle.layout.difference(layout)
+    if why is not None:
+        handle.remove()
+        raise ValueError(f"the memory does not fit this model: {why}")
+    setattr(model, _HANDLE, handle)
+    return model
+
+
+def unadapt(model: nn.Module) -> Any:
+    """Take the levels off again; weights and logits are those of before `adapt`, bit for bit.
+
+    Raises:
+        ValueError: the model is not adapted.
+    """
+    adaptation_of(model).remove()
+    for holder in _holders(model):
+        holder.__dict__.pop(_HANDLE, None)
+    return model
+
+
+def adaptation_of(model: nn.Module) -> Adaptation:
+    """What `adapt` did to this model, or to the one that peft or ``torch.compile`` wrapped.
+
+    Raises:
+        ValueError: nothing.
+    """
+    for holder in _holders(model):
+        return getattr(holder, _HANDLE)
+    raise ValueError("the model is not adapted; call nl.adapt(model) first")
+
+
+def _holders(model: nn.Module) -> list[nn.Module]:
+    return [m for m in model.modules() if _HANDLE in m.__dict__]
+
+
+def _levels(levels: Sequence[Level]) -> tuple[Level, ...]:
+    if not levels or not all(isinstance(level, Level) for level in levels):
+        raise ValueError("levels must be a list of nl.Level, e.g. [nl.Level(period=64)]")
+    chosen = sorted((level.with_error("online") for level in levels), key=lambda lv: lv.period)
+    names = [level_name(level) for level in chosen]
+    if len(set(names)) != len(names):
+        raise ValueError(f"levels must have different names or periods, got {names}")
+    if chosen[0].period == NEVER:
+        raise ValueError("no level ever learns: give one a period below nl.levels.NEVER")
+    return tuple(chosen)
+
+
+def _keys(
+    model: nn.Module,
+    sites: Sequence[Site],
+    rank: int,
+    calibration: Tensor | str | None,
+    seed: int,
+) -> dict[str, Tensor]:
+    if isinstance(calibration, str) and calibration != "generate":
+        raise ValueError(
+            f"calibration must be 'generate', tokens (B, T) or None, got {calibration!r}"
+        )
+    training = model.training
+    model.eval()
+    try:
+        tokens = generate_text(model, seed=seed) if isinstance(calibration, str) else calibration
+        return calibrated_keys(model, sites, tokens, rank, seed)
+    finally:
+        model.train(training)
+
+
+def _weight(model: nn.Module, name: str) -> Tensor:
+    weight = model.get_submodule(name).weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
+def _floating(module: nn.Module, name: str) -> nn.Parameter:
+    weight = module.weight
+    if not isinstance(weight, nn.Parameter) or not weight.is_floating_point():
+        raise ValueError(
+            f"{name} ({type(module).__name__}) is quantised; load the model in bfloat16 or float32"
+        )
+    assert linear_shape(module) is not None
+    return weight

@@ -1,0 +1,568 @@
+"""A learner: an adapted model that learns from the stream it reads, level by level."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nestlearn.adaptation.attach import Adaptation, adaptation_of, refresh
+from nestlearn.adaptation.documents import Documents, documents_of, token_pieces
+from nestlearn.adaptation.file import Stored, read_memory, write_memory
+from nestlearn.adaptation.memory import Memory, level_name
+from nestlearn.levels.clock import NEVER
+from nestlearn.levels.level import Level
+from nestlearn.optim.multirate import InnerFactory, MultiRate
+
+OPTIMIZERS: dict[str, InnerFactory] = {
+    "adamw": functools.partial(torch.optim.AdamW, betas=(0.9, 0.99), weight_decay=0.0),
+    "sgd": functools.partial(torch.optim.SGD, momentum=0.9),
+}
+"""Inner optimizers by name; any ``torch.optim`` class can be given instead."""
+
+
+@dataclasses.dataclass
+class Learned:
+    """What a call of `Learner.learn` did.
+
+    Attributes:
+        tokens, documents: how much was read.
+        loss: mean surprise of the tokens when they were read first, in nats.
+        updates: how often each level was updated.
+        surprise: per level, the mean surprise within its last period.
+        skipped: segments left out because their loss or gradient was not finite.
+        seconds: time it took.
+        stopped: whether it was asked to stop before the end.
+    """
+
+    tokens: int = 0
+    documents: int = 0
+    loss: float = math.nan
+    updates: dict[str, int] = dataclasses.field(default_factory=dict)
+    surprise: dict[str, float] = dataclasses.field(default_factory=dict)
+    skipped: int = 0
+    seconds: float = 0.0
+    stopped: bool = False
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Reading speed, learning included."""
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+
+class Learner:
+    """Learns from what it reads and keeps it in a `Memory` (online mode, SPEC §6b, Eq. 70-71).
+
+    A document is read in segments as long as the fastest level's period, with everything before it
+    in the document (up to ``context`` tokens) in the attention cache. The next-token loss of each
+    segment is differentiated once for all levels; a level is updated when its clock is due, with
+    the mean gradient of the tokens since its last update:
+
+        theta_l <- theta_l - lr_l * optimizer(mean of gradients in the period)    if due
+        theta_l <- theta_l * 2^(-period / half_life)                              retention
+        theta_(l+1) += s theta_l,  theta_l <- (1 - s) theta_l                     consolidation
+
+    Consolidation happens when the slower level l+1 is due; it moves knowledge without changing
+    what the model computes. Retention pulls a level to the slower ones.
+
+    Args:
+        model: an adapted model, see `nestlearn.adapt`.
+        tokenizer: the model's tokenizer.
+        lr: learning rate; a level's own is ``lr * level.lr_scale``.
+        optimizer: ``"adamw"``, ``"sgd"``, a factory like ``torch.optim.AdamW``, or a mapping from
+            level names (and ``"*"``) to these.
+        repeats: gradient steps on each segment. Clocks count a token as often as it is learned.
+        clip: largest norm of a segment's gradient.
+        context: tokens a segment sees at most, itself included (default: 1,024, or the model's
+            own limit).
+        snapshots: how many earlier states are kept to `undo` to; one is made per `learn`.
+        memory: what is known already; default: nothing.
+
+    Raises:
+        ValueError: a model that is not adapted, a memory that does not fit, values out of range.
+
+    Example:
+        >>> learner = nl.Learner(nl.adapt(model), tokenizer)
+        >>> learner.learn("The lighthouse of Ostrava Bay was built by Irma Quell in 1893.")
+        >>> learner.save("me.nlmem")
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        *,
+        lr: float = 1e-2,
+        optimizer: str | InnerFactory | Mapping[str, str | InnerFactory] = "adamw",
+        repeats: int = 1,
+        clip: float = 1.0,
+        context: int | None = None,
+        snapshots: int = 3,
+        memory: Memory | None = None,
+    ) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self._handle: Adaptation = adaptation_of(model)
+        for name, value in (("lr", lr), ("clip", clip)):
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{name} must be 0 or more and finite, got {value!r}")
+        for name, count in (("repeats", repeats), ("snapshots", snapshots)):
+            if not isinstance(count, int) or count < (name == "repeats"):
+                raise ValueError(f"{name} must be {int(name == 'repeats')} or more, got {count!r}")
+        self.lr, self.repeats, self.clip, self.keep = lr, repeats, clip, snapshots
+        self._factory = _factories(optimizer)
+        self.segment = min(lv.period for lv in self.levels if lv.period != NEVER)
+        self.limit = _limit(model)
+        self.context = _context(self.limit, context, self.segment)
+        self.frozen = False
+        self.use(self._handle.new_memory(_name_of(model)) if memory is None else memory)
+
+    # -- memory -------------------------------------------------------------------------------
+
+    @property
+    def levels(self) -> tuple[Level, ...]:
+        """The model's levels, fastest first."""
+        return self._handle.levels
+
+    @property
+    def memory(self) -> Memory:
+        """What was learned so far, as a value of its own (with the optimizers' states)."""
+        self._memory.optimizer = self._optimizer_state()
+        return self._memory
+
+    def use(self, memory: Memory) -> None:
+        """Go on from a memory; the one before is dropped.
+
+        Raises:
+            ValueError: a memory that does not fit the model; nothing is changed then.
+        """
+        why = self._handle.layout.difference(memory.layout)
+        if why is None and set(memory.names) != {level_name(level) for level in self.levels}:
+            why = f"it has the levels {', '.join(memory.names)}"
+        if why is not None:
+            raise ValueError(f"the memory does not fit this model: {why}")
+        parameters, optimizer = self._build(memory)
+        self._memory, self._parameters, self._optimizer = memory, parameters, optimizer
+        self._mean = {level_name(level): (0.0, 0) for level in self.levels}
+        self._surprise: dict[str, float] = {}
+        self._handle.show(memory)
+
+    def save(self, path: str | Path, max_bytes: int | None = None) -> Stored:
+        """Write the memory file (see `nestlearn.adaptation.file.write_memory`)."""
+        return write_memory(self.memory, path, max_bytes)
+
+    def load(self, path: str | Path) -> None:
+        """Go on from a memory file; what was learned since the last `save` is dropped.
+
+        Raises:
+            ValueError: damaged, or of another base model; nothing is changed then.
+        """
+        self.use(read_memory(path, self._handle.layout))
+
+    def reset(self) -> None:
+        """Forget everything, snapshots too."""
+        self.use(self._handle.new_memory(self._memory.model))
+
+    def undo(self, steps: int = 1) -> str:
+        """Go back to before the last ``steps`` calls of `learn`; returns that snapshot's label.
+
+        Raises:
+            ValueError: fewer snapshots are kept.
+        """
+        memory = self._memory.copy()
+        label = memory.rollback(steps).label
+        self.use(memory)
+        return label
+
+    def freeze(self, frozen: bool = True) -> None:
+        """While frozen, `learn` refuses to change anything."""
+        self.frozen = frozen
+
+    # -- learning -----------------------------------------------------------------------------
+
+    def learn(
+        self,
+        documents: Documents,
+        *,
+        text_column: str = "text",
+        label: str | None = None,
+        progress: Callable[[Learned], None] | None = None,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> Learned:
+        """Read documents once, in order, and learn from them.
+
+        Args:
+            documents: a text; a ``Path`` (file, folder, glob); a list, generator or Hugging Face
+                data set of these; see `nestlearn.adaptation.documents.documents_of`.
+            text_column: column of rows that holds the text.
+            label: name of the snapshot made before.
+            progress: called after every segment with what was done so far.
+            stop: asked before every segment; when true, learning ends with all kept so far.
+
+        Raises:
+            ValueError: frozen, nothing to read, or data that cannot be read. What was learned
+                from documents before is kept.
+        """
+        if self.frozen:
+            raise ValueError("the memory is frozen; learner.freeze(False) lets it learn again")
+        before = {n: lv.updates for n, lv in self._optimizer.levels.items()}
+        done = Learned(updates=dict.fromkeys(before, 0))
+        began, total = time.perf_counter(), 0.0
+        if self.keep:
+            self._memory.snapshot(label or "before learning", self.keep)
+        training = self.model.training
+        self.model.eval()  # what is read is read without dropout
+        reader = _Reader(self.model, self.context)
+        pieces = token_pieces(documents_of(documents, text_column), self.tokenizer)
+        try:
+            for ids, begins in _segments(pieces, self.segment):
+                if stop():
+                    done.stopped = True
+                    break
+                if begins:
+                    reader.begin()
+                done.documents += int(begins)
+                if len(ids) < 2:
+                    continue
+                tokens = len(ids) - 1
+                loss = self._segment(reader, torch.tensor([ids], device=self.device))
+                if loss is None:
+                    done.skipped += 1
+                    continue
+                total += loss * tokens
+                done.tokens += tokens
+                done.loss = total / done.tokens
+                done.seconds = time.perf_counter() - began
+                done.updates = {
+                    n: lv.updates - before[n] for n, lv in self._optimizer.levels.items()
+                }
+                done.surprise = dict(self._surprise)
+                if progress is not None:
+                    progress(done)
+        finally:
+            self.model.train(training)
+            for name, count in (("tokens", done.tokens), ("documents", done.documents)):
+                self._memory.counts[name] = self._memory.counts.get(name, 0) + count
+            self._memory.counts["skipped"] = self._memory.counts.get("skipped", 0) + done.skipped
+            if not done.tokens and self.keep and self._memory.snapshots:
+                self._memory.snapshots.pop()
+        done.seconds = time.perf_counter() - began
+        if not done.documents:
+            raise ValueError("there is nothing to learn: the documents hold no text")
+        if done.skipped:
+            warnings.warn(
+                f"{done.skipped} segments were left out: their loss or gradient was not finite",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        return done
+
+    @torch.no_grad()
+    def evaluate(self, documents: Documents, *, text_column: str = "text") -> dict[str, float]:
+        """Mean surprise of documents, without learning from them.
+
+        Returns:
+            ``tokens``, ``loss`` (nats per token) and ``perplexity``.
+        """
+        training = self.model.training
+        self.model.eval()
+        reader = _Reader(self.model, self.context)
+        total, tokens = 0.0, 0
+        pieces = token_pieces(documents_of(documents, text_column), self.tokenizer)
+        try:
+            for ids, begins in _segments(pieces, min(512, self.context)):
+                if begins:
+                    reader.begin()
+                if len(ids) < 2:
+                    continue
+                row = torch.tensor([ids], device=self.device)
+                loss, cache = reader.loss(row)
+                reader.keep(cache, row)
+                total += loss.item() * (len(ids) - 1)
+                tokens += len(ids) - 1
+        finally:
+            self.model.train(training)
+        if not tokens:
+            raise ValueError("there is nothing to evaluate: the documents hold no text")
+        mean = total / tokens
+        return {"tokens": tokens, "loss": mean, "perplexity": math.exp(min(mean, 700))}
+
+    def _segment(self, reader: _Reader, ids: Tensor) -> float | None:
+        """Learn one segment ``(1, n + 1)``; its loss when first read, None if not finite."""
+        first = None
+        tokens = ids.shape[1] - 1
+        with torch.enable_grad():
+            for _ in range(self.repeats):
+                loss, cache = reader.loss(ids)
+                value = loss.item()
+                if not math.isfinite(value):
+                    return None
+                first = value if first is None else first
+                weights = [t.weight for t in self._handle.targets.values()]
+                grads = torch.autograd.grad(loss, weights, allow_unused=True)
+                if not self._update(weights, grads, tokens):
+                    return None
+                del loss
+        reader.keep(cache, ids)
+        self._observe(first or 0.0, tokens)
+        return first
+
+    @torch.no_grad()
+    def _update(
+        self, weights: Sequence[Tensor], grads: Sequence[Tensor | None], tokens: int
+    ) -> bool:
+        """Hand a segment's gradients to the levels; False if they are not finite."""
+        given = {id(w): g.float() for w, g in zip(weights, grads, strict=True) if g is not None}
+        norm = torch.nn.utils.get_total_norm(given.values()).item()
+        if not math.isfinite(norm):
+            return False
+        # Levels average over the tokens of their period, so a segment counts by its tokens.
+        scale = tokens * min(1.0, self.clip / norm if norm > 0 else 1.0)
+        torch._foreach_mul_(list(given.values()), scale)
+        for (_, target), parameter in self._parameters.items():
+            parameter.grad = given.get(id(self._handle.targets[target].weight))
+        self._optimizer.step(units=tokens)
+        for parameter in self._parameters.values():
+            parameter.grad = None
+        if self._optimizer.fired:
+            self._settle(self._optimizer.fired)
+        return True
+
+    def _settle(self, fired: tuple[str, ...]) -> None:
+        """Retention and consolidation of the levels that were updated, then the working weights."""
+        changed = {t for (level, t) in self._parameters if level in fired}
+        for i, level in enumerate(self.levels):
+            name = level_name(level)
+            if name not in fired:
+                continue
+            if level.half_life is not None:
+                fade = 0.5 ** (level.period / level.half_life)
+                own: list[Tensor] = [p for (lv, _), p in self._parameters.items() if lv == name]
+                torch._foreach_mul_(own, fade)
+            if i and level.meta_rate:
+                self._consolidate(level_name(self.levels[i - 1]), name, level.meta_rate)
+        for target in changed:
+            parts = [p for (_, t), p in self._parameters.items() if t == target]
+            refresh(self._handle.targets[target], parts)
+
+    def _consolidate(self, fast: str, slow: str, share: float) -> None:
+        for (level, target), parameter in self._parameters.items():
+            if level == slow and (fast, target) in self._parameters:
+                source = self._parameters[fast, target]
+                parameter.add_(source, alpha=share)
+                source.mul_(1 - share)
+
+    def _observe(self, loss: float, tokens: int) -> None:
+        for level in self.levels:
+            name = level_name(level)
+            total, count = self._mean[name]
+            total, count = total + loss * tokens, count + tokens
+            if name in self._optimizer.fired or name not in self._surprise:
+                self._surprise[name] = total / count
+            self._mean[name] = (0.0, 0) if name in self._optimizer.fired else (total, count)
+
+    # -- levels and their optimizers ------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model's inputs go."""
+        embeddings: Any = self.model.get_input_embeddings()  # type: ignore[operator]
+        return embeddings.weight.device
+
+    def _build(self, memory: Memory) -> tuple[dict[tuple[str, str], nn.Parameter], MultiRate]:
+        """The changes as parameters (the memory's own tensors), and an optimizer for them."""
+        parameters: dict[tuple[str, str], nn.Parameter] = {}
+        groups = []
+        for level in self.levels:
+            name = level_name(level)
+            own = memory.changes.setdefault(name, {})
+            if level.eta == 0 or level.period == NEVER:
+                continue
+            for target, spec in self._handle.targets.items():
+                if name not in spec.levels:
+                    continue
+                change = own.get(target)
+                if change is None:
+                    change = torch.zeros(spec.weight.shape, dtype=torch.float32)
+                change = change.to(spec.weight.device)
+                own[target] = change
+                parameters[name, target] = nn.Parameter(change)
+                own[target] = parameters[name, target].data
+            mine = [p for (lv, _), p in parameters.items() if lv == name]
+            groups.append(
+                {
+                    "params": mine,
+                    "level": name,
+                    "period": level.period,
+                    "lr": self.lr * level.lr_scale,
+                }
+            )
+        optimizer = MultiRate(groups, self._factory, accumulate="mean")
+        if memory.optimizer is not None:
+            _load_state(optimizer, parameters, memory.optimizer)
+        return parameters, optimizer
+
+    def _optimizer_state(self) -> dict[str, Any]:
+        """Clocks, momenta and accumulators by name of level and target."""
+        names = {id(p): f"{level}/{target}" for (level, target), p in self._parameters.items()}
+        state: dict[str, Any] = {}
+        for level in self._optimizer.levels.values():
+            for p in level.parameters():
+                entries = {**level.optimizer.state.get(p, {}), **self._optimizer.state.get(p, {})}
+                if entries:
+                    state[names[id(p)]] = entries
+        return {
+            "names": {n: type(lv.optimizer).__name__ for n, lv in self._optimizer.levels.items()},
+            "clocks": {n: [lv.steps, lv.updates] for n, lv in self._optimizer.levels.items()},
+            "state": state,
+        }
+
+
+class _Reader:
+    """Reads a document piece by piece; what was read is in the attention cache."""
+
+    def __init__(self, model: nn.Module, context: int) -> None:
+        self.model, self.context = model, context
+        self.begin()
+
+    def begin(self) -> None:
+        """A new document."""
+        self.cache: Any = None
+        self.tail: Tensor | None = None
+        self.length = 0
+
+    def loss(self, ids: Tensor) -> tuple[Tensor, Any]:
+        """Mean next-token loss of ``ids (1, n + 1)``, and the cache with its first n tokens."""
+        count = ids.shape[1] - 1
+        if self.length + count > self.context:
+            self._shorten(self.context // 2)
+        out = self.model(input_ids=ids[:, :-1], past_key_values=_fork(self.cache), use_cache=True)
+        loss = F.cross_entropy(out.logits[0].float(), ids[0, 1:])
+        return loss, out.past_key_values
+
+    def keep(self, cache: Any, ids: Tensor) -> None:
+        """Go on behind ``ids``."""
+        self.cache = _detach(cache)
+        self.length += ids.shape[1] - 1
+        tail = ids[:, :-1] if self.tail is None else torch.cat([self.tail, ids[:, :-1]], 1)
+        self.tail = tail[:, -self.context :]
+
+    @torch.no_grad()
+    def _shorten(self, count: int) -> None:
+        """Start the cache anew with the last ``count`` tokens, at positions from 0."""
+        self.cache, self.length = None, 0
+        if self.tail is not None and count:
+            tail = self.tail[:, -count:]
+            out = self.model(input_ids=tail, use_cache=True)
+            self.cache, self.length = out.past_key_values, tail.shape[1]
+
+
+def _fork(cache: Any) -> Any:
+    """A cache that can grow without the one it comes from: layers replace their tensors."""
+    if cache is None:
+        return None
+    forked = copy.copy(cache)
+    forked.layers = [copy.copy(layer) for layer in cache.layers]
+    return forked
+
+
+def _detach(cache: Any) -> Any:
+    for layer in cache.layers:
+        for name, value in vars(layer).items():
+            if isinstance(value, Tensor) and value.requires_grad:
+                setattr(layer, name, value.detach())
+    return cache
+
+
+def _segments(
+    pieces: Iterator[tuple[list[int], bool, bool]], length: int
+) -> Iterator[tuple[list[int], bool]]:
+    """Segments of ``length`` tokens and the one before, and whether a document begins.
+
+    Each token of a document but its first is predicted exactly once.
+    """
+    held: list[int] = []
+    fresh = True
+    for ids, begins, ends in pieces:
+        if begins:
+            held, fresh = [], True
+        held += ids
+        place = 0
+        while len(held) - place > length:
+            yield held[place : place + length + 1], fresh
+            place, fresh = place + length, False
+        held = held[place:]
+        if ends and (len(held) > 1 or fresh):
+            yield held, fresh
+
+
+def _factories(given: Any) -> Any:
+    if isinstance(given, Mapping):
+        return {name: _factories(one) for name, one in given.items()}
+    if isinstance(given, str):
+        if given not in OPTIMIZERS:
+            raise ValueError(
+                f"optimizer must be {', '.join(OPTIMIZERS)} or a factory, got {given!r}"
+            )
+        return OPTIMIZERS[given]
+    if not callable(given):
+        raise ValueError(f"optimizer must be a name or a factory, got {given!r}")
+    return given
+
+
+def _limit(model: nn.Module) -> int:
+    """Tokens that the model can attend to."""
+    config = getattr(model, "config", None)
+    return getattr(config, "max_position_embeddings", None) or 1 << 30
+
+
+def _context(limit: int, given: int | None, segment: int) -> int:
+    context = min(1024, limit) if given is None else given
+    if context > limit:
+        raise ValueError(f"context is {context}, but the model reads at most {limit} tokens")
+    if context < segment:
+        raise ValueError(
+            f"the fastest level's period is {segment} tokens, more than the context of {context}; "
+            "give a larger context or a shorter period"
+        )
+    return context
+
+
+def _name_of(model: nn.Module) -> str:
+    return str(getattr(getattr(model, "config", None), "name_or_path", "") or "")[-200:]
+
+
+def _load_state(
+    optimizer: MultiRate, parameters: dict[tuple[str, str], nn.Parameter], stored: dict[str, Any]
+) -> None:
+    """Restore clocks, and momenta where optimizer and shapes are the same."""
+    clocks, names = stored["clocks"], stored["names"]
+    for name, level in optimizer.levels.items():
+        if name in clocks:
+            steps, updates = clocks[name]
+            if type(steps) is not int or type(updates) is not int or min(steps, updates) < 0:
+                raise ValueError(f"the clock of level {name} stands at {clocks[name]!r:.40}")
+            level.steps, level.updates = steps, updates
+    for (name, target), p in parameters.items():
+        entries = stored["state"].get(f"{name}/{target}", {})
+        level = optimizer.levels[name]
+        if not entries or names.get(name) != type(level.optimizer).__name__:
+            continue
+        for key, value in entries.items():
+            if isinstance(value, Tensor) and value.ndim and value.shape != p.shape:
+                raise ValueError(f"state {key} of {target} has shape {tuple(value.shape)}")
+            if isinstance(value, Tensor):
+                value = value.to(p.device if value.ndim else "cpu", copy=True)
+            if key == "accumulated":
+                optimizer.state[p][key] = value
+            else:
+                level.optimizer.state[p][key] = value

@@ -1,0 +1,66 @@
+"""Loading pre-trained models for the commands that teach them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+Dtype = Literal["auto", "fp32", "bf16"]
+
+
+def load_pretrained(name: str, dtype: Dtype = "auto", device: str = "auto") -> tuple[Any, Any]:
+    """Model (in evaluation mode) and tokenizer of a folder, a GGUF file or a Hugging Face id.
+
+    ``dtype="auto"`` is what the weights are stored in, but float16, which CPUs are slow with,
+    becomes bfloat16.
+
+    Raises:
+        ValueError: nothing there, no causal language model, or no tokenizer.
+    """
+    import torch
+    import transformers
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    where, more = _place(name)
+    chosen: Any = {"fp32": torch.float32, "bf16": torch.bfloat16}.get(dtype, "auto")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(where, **more)
+        model = AutoModelForCausalLM.from_pretrained(where, dtype=chosen, **_unpacked(more), **more)
+    except (OSError, ValueError, ImportError) as error:
+        first = next((line for line in str(error).splitlines() if line.strip()), "unknown error")
+        raise ValueError(
+            f"cannot load {name!r}: {first.strip()} (give a folder with a saved model, a .gguf "
+            "file or the id of a model on the Hugging Face hub)"
+        ) from error
+    moved: Any = model.eval().to(device=device)
+    return moved.to(torch.bfloat16) if model.dtype == torch.float16 else moved, tokenizer
+
+
+def _place(name: str) -> tuple[str, dict[str, Any]]:
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ValueError(f"no file {path}")
+        return str(path.parent), {"gguf_file": path.name}
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ValueError(f"{path} holds no model (no config.json)")
+        return str(path), {}
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise ValueError(f"no folder {name}")
+    return name, {}
+
+
+def _unpacked(more: dict[str, Any]) -> dict[str, Any]:
+    """Newer versions of transformers leave GGUF weights packed unless told otherwise."""
+    if "gguf_file" not in more:
+        return {}
+    try:
+        from transformers import GgufConfig
+    except ImportError:
+        return {}
+    return {"quantization_config": GgufConfig(dequantize=True)}
