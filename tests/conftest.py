@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from nestlearn.train.tokenizers import ByteTokenizer
+
 torch.set_num_threads(1)
 
 
@@ -23,3 +25,9 @@ def shared_data() -> Path:
     if not root.is_dir():
         pytest.skip(f"no data folder at {root}; set NESTLEARN_DATA to one")
     return root
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> ByteTokenizer:
+    """One byte is one token."""
+    return ByteTokenizer()

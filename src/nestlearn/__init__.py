@@ -7,6 +7,7 @@
 - ``nl.optim``: optimizers whose levels are visible;
 - ``nl.adapt``, ``nl.unadapt``, ``nl.Learner``, ``nl.Memory``: a pre-trained model that keeps
   learning, and what it learned as a file;
+- ``nl.inspect``: which levels a model has, and what they cost;
 - ``nl.HopeConfig``, ``nl.HopeModel``, ``nl.HopeForCausalLM``: Hope as a Hugging Face model, known
   to ``AutoConfig`` and ``AutoModelForCausalLM`` as ``model_type="hope"``.
 """
@@ -22,6 +23,7 @@ from nestlearn._lazy import lazy_exports
 if TYPE_CHECKING:
     from nestlearn import nn, optim
     from nestlearn.adaptation import Learner, Memory, adapt, unadapt
+    from nestlearn.lens import inspect
     from nestlearn.levels.clock import Clock
     from nestlearn.levels.level import Level
     from nestlearn.levels.system import NestedSystem
@@ -40,6 +42,7 @@ __all__ = [
     "NestedSystem",
     "__version__",
     "adapt",
+    "inspect",
     "nn",
     "optim",
     "unadapt",
@@ -55,6 +58,7 @@ __getattr__, __dir__ = lazy_exports(
         "Memory": "nestlearn.adaptation",
         "adapt": "nestlearn.adaptation",
         "unadapt": "nestlearn.adaptation",
+        "inspect": "nestlearn.lens",
         "HopeConfig": "nestlearn.models.hope",
         "HopeModel": "nestlearn.models.hope",
         "HopeForCausalLM": "nestlearn.models.hope",

@@ -12,6 +12,14 @@ from typing import Any
 from torch import Tensor
 
 
+def cache_folder() -> Path:
+    """Where what can be made again is kept: ``$NESTLEARN_CACHE``, else ``~/.cache/nestlearn``."""
+    if os.environ.get("NESTLEARN_CACHE"):
+        return Path(os.environ["NESTLEARN_CACHE"])
+    root = os.environ.get("XDG_CACHE_HOME")
+    return (Path(root) if root else Path.home() / ".cache") / "nestlearn"
+
+
 def write_file(path: str | Path, write: Callable[[Path], None]) -> None:
     """Let ``write`` fill a temporary file beside ``path``, flush it to disk, give it its name."""
     path = Path(path)

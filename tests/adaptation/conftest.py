@@ -8,8 +8,6 @@ import pytest
 import torch
 import transformers
 
-from nestlearn.train.tokenizers import ByteTokenizer
-
 VOCAB, WIDTH, HIDDEN, BLOCKS = 264, 32, 48, 4
 
 _COMMON = dict(
@@ -66,12 +64,6 @@ def tiny_model(family: str = "Llama", dtype: torch.dtype = torch.float32, seed: 
 def model() -> Any:
     """A Llama of four blocks."""
     return tiny_model()
-
-
-@pytest.fixture(scope="session")
-def tokenizer() -> ByteTokenizer:
-    """One byte is one token."""
-    return ByteTokenizer()
 
 
 @pytest.fixture

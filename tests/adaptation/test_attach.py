@@ -151,9 +151,11 @@ def test_rows_generate_and_are_checked(model: Any, ids: Tensor) -> None:
         assert both[row].tolist()[: alone.shape[1]] == alone[0].tolist()
     other = tiny_model(seed=5)
     nl.adapt(other, rank=4)
-    with pytest.raises(ValueError, match="memory 1 does not fit.*another base model"):
-        with handle.rows([first, fill(other)]):
-            pass
+    with (
+        pytest.raises(ValueError, match="memory 1 does not fit.*another base model"),
+        handle.rows([first, fill(other)]),
+    ):
+        pass
 
 
 def test_a_memory_brings_its_settings(model: Any, ids: Tensor) -> None:
@@ -178,20 +180,20 @@ def test_calibrated_keys_turn_down_what_is_common() -> None:
     random = torch.randn(6, 12, generator=generator)
     common = torch.randn(12, generator=generator)
     for count in (400, 7):  # more tokens than directions, and fewer
-        h = torch.randn(count, 1, generator=generator) * common * 10
-        h = h + 0.1 * torch.randn(count, 12, generator=generator)
+        h = torch.randn(count, 1, generator=generator) * common * 2
+        h = h + 0.5 * torch.randn(count, 12, generator=generator)
         keys = _turned_down(random, h, 2.0, 0.1)
-        # The closed form, from the definition.
+        # The closed form, from the definition (keys are rounded to few bits).
         c = 0.1 * h.square().sum() / count / 12
         inverse = torch.linalg.inv(torch.eye(12) + h.T @ h / count / c)
         expected = random @ inverse
         torch.testing.assert_close(
             torch.nn.functional.cosine_similarity(keys.flatten(), expected.flatten(), 0),
-            torch.tensor(1.0), atol=1e-3, rtol=0,
+            torch.tensor(1.0), atol=2e-3, rtol=0,
         )  # fmt: skip
-        assert (keys @ common).norm() / keys.norm() < 0.1 * (random @ common).norm() / random.norm()
+        assert (keys @ common).norm() / keys.norm() < 0.2 * (random @ common).norm() / random.norm()
         size = (h @ keys.T).square().mean().sqrt() * 6**0.5
-        torch.testing.assert_close(size, torch.tensor(2.0), atol=0.05, rtol=0)
+        torch.testing.assert_close(size, torch.tensor(2.0), atol=0.15, rtol=0)
 
 
 def test_generated_text_has_its_own_random_numbers(model: Any) -> None:

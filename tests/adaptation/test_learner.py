@@ -36,7 +36,7 @@ def logits(learner: Any, ids: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("method", ["added", "placement"])
 def test_it_learns_what_it_reads(tokenizer: Any, method: str) -> None:
-    learner = learner_of(tokenizer, method=method, lr=0.1 if method == "added" else 0.01)
+    learner = learner_of(tokenizer, method=method, rank=16, lr=0.05 if method == "added" else 0.01)
     before, other = learner.evaluate(TEXT)["loss"], learner.evaluate(OTHER)["loss"]
     done = [learner.learn(TEXT) for _ in range(4)]
     assert learner.evaluate(TEXT)["loss"] < 0.7 * before
@@ -63,8 +63,7 @@ def test_one_level_is_a_plain_training_loop(tokenizer: Any) -> None:
     values = {n: torch.zeros(32, 4, requires_grad=True) for n in keys}
     for name in keys:
         reference.get_submodule(name).register_forward_hook(
-            lambda module, inputs, output, n=name: output
-            + inputs[0] @ keys[n].T @ values[n].T
+            lambda module, inputs, output, n=name: output + inputs[0] @ keys[n].T @ values[n].T
         )
     optimizer = torch.optim.AdamW(values.values(), lr=0.02, weight_decay=0.01)
     ids = torch.tensor([[256, *TEXT.encode()]])
@@ -100,8 +99,9 @@ def test_slow_levels_average_their_period(tokenizer: Any) -> None:
     values = {n: torch.zeros(32, 4, requires_grad=True) for n in handle.keys}
     for name in handle.keys:
         reference.get_submodule(name).register_forward_hook(
-            lambda module, inputs, output, n=name: output
-            + inputs[0] @ handle.keys[n].T @ values[n].T
+            lambda module, inputs, output, n=name: (
+                output + inputs[0] @ handle.keys[n].T @ values[n].T
+            )
         )
     for start in range(0, 32, 8):
         out = reference(ids[:, start : start + 8], past_key_values=cache, use_cache=True)

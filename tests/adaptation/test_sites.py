@@ -18,7 +18,7 @@ def test_every_block_has_one_mlp(family: str) -> None:
     assert [s.block for s in sites] == list(range(BLOCKS))
     for site in sites:
         assert site.width == WIDTH
-        assert site.hidden == (4 * WIDTH if family == "Falcon" and site.hidden != HIDDEN else HIDDEN)
+        assert site.hidden == HIDDEN
         assert linear_shape(model.get_submodule(site.output)) == (site.hidden, WIDTH)
         assert site.linears[-1] == site.output and len(site.linears) >= 2
         assert not any("attn" in name or "attention" in name for name in site.linears)
@@ -27,9 +27,7 @@ def test_every_block_has_one_mlp(family: str) -> None:
 def test_the_output_map_is_what_the_mlp_ends_with() -> None:
     sites = find_sites(tiny_model("Llama"))
     assert sites[1].output == "model.layers.1.mlp.down_proj"
-    assert set(sites[1].linears) == {
-        f"model.layers.1.mlp.{n}_proj" for n in ("gate", "up", "down")
-    }
+    assert set(sites[1].linears) == {f"model.layers.1.mlp.{n}_proj" for n in ("gate", "up", "down")}
     assert find_sites(tiny_model("OPT"))[0].output == "model.decoder.layers.0.fc2"
 
 

@@ -287,3 +287,10 @@ def test_inputs_are_checked(error):
         layer(x, None, torch.ones(2, 4, dtype=torch.bool))
     with pytest.raises(ValueError, match="meta_step"):
         layer.meta_step(1, {})
+
+
+def test_half_lives_belong_to_adapted_models() -> None:
+    with pytest.raises(ValueError, match="half_life is for levels of nl.adapt"):
+        ContinuumMemory(4, 8, [Level(4, half_life=10.0)])
+    with pytest.raises(ValueError, match="half_life must be more than 0"):
+        Level(4, half_life=0.0)

@@ -279,3 +279,21 @@ def test_a_slow_level_of_hope_has_its_share_of_the_rate() -> None:
     config = nl.HopeConfig.preset("tiny", mixer="attention", cms_periods=[1, 4])
     groups = level_groups(nl.HopeForCausalLM(config), lr=1.0)
     assert {(g["period"], g["lr"]) for g in groups} == {(1, 1.0), (4, 0.25)}
+
+
+def test_clocks_can_count_tokens() -> None:
+    """``units`` advances the clocks: a level fires once when its boundary is passed."""
+    p = torch.nn.Parameter(torch.zeros(1))
+    groups = [{"params": [p], "period": 10, "accumulate": "mean"}]
+    optimizer = MultiRate(groups, functools.partial(torch.optim.SGD, lr=1.0))
+    fired = []
+    for units in (4, 4, 4, 25, 3):
+        p.grad = torch.ones(1) * units  # a sum over the tokens
+        optimizer.step(units=units)
+        fired.append(bool(optimizer.fired))
+    assert fired == [False, False, True, True, True]
+    assert optimizer.levels["every 10"].steps == 40
+    # Mean over a period of 10: 12, 25 and 3 tokens of gradient 1.
+    torch.testing.assert_close(p.detach(), -torch.tensor([4.0]))
+    with pytest.raises(ValueError, match="units must be 1 or more"):
+        optimizer.step(units=0)

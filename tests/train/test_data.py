@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from nestlearn.sources import find_sources, read_documents
 from nestlearn.train import Blocks, ByteTokenizer, Corpus, prepare, train_bpe
 from nestlearn.train.data import _split
-from nestlearn.sources import find_sources, read_documents
 
 TOKENIZER = ByteTokenizer()
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from nestlearn.adaptation.codec import decode, encode, rank_of, size_of
 from nestlearn.adaptation.fingerprint import fingerprint
+from nestlearn.adaptation.keys import quantise
 from nestlearn.adaptation.memory import Changes, Layout, Memory, Snapshot
 from nestlearn.files import pack, save_tensors, unpack
 from nestlearn.levels.level import Level
@@ -185,7 +186,7 @@ def _plans(memory: Memory) -> Iterator[Stored]:
     momenta = sum(t.nbytes for t in tensors.values())
     count = len(memory.snapshots)
 
-    keys = 2 * sum(k.numel() for k in memory.keys.values())
+    keys = sum(k.numel() + 4 * len(k) for k in memory.keys.values())
 
     def size(storage: str, snapshots: int) -> int:
         kept = [s.changes for s in memory.snapshots[count - snapshots :]]
@@ -233,7 +234,7 @@ def _content(memory: Memory, plan: Stored) -> tuple[dict[str, Tensor], dict[str,
         ],
     }
     for name, keys in memory.keys.items():
-        tensors[f"keys/{name}"] = keys.to(torch.bfloat16)  # they are rounded to it already
+        tensors[f"keys/{name}"], tensors[f"keys/{name}/scale"] = quantise(keys.cpu())
     content["optimizer"] = pack(optimizer, tensors, "optimizer.")
     return tensors, content
 
@@ -304,10 +305,11 @@ def _memory(content: dict[str, Any], stored: dict[str, Tensor], expected: Layout
 def _keys(given: list[str], layout: Layout, stored: dict[str, Tensor]) -> dict[str, Tensor]:
     keys = {}
     for name in _list(given):
-        tensor = stored[f"keys/{name}"]
-        if name not in layout.shapes or tensor.ndim != 2 or len(tensor) != layout.rank:
-            raise ValueError(f"keys of {name!r:.60} have the shape {tuple(tensor.shape)}")
-        keys[name] = tensor.float()
+        shape = tuple(stored[f"keys/{name}"].shape)
+        if name not in layout.shapes or len(shape) != 2 or shape[0] != layout.rank:
+            raise ValueError(f"keys of {name!r:.60} have the shape {shape}")
+        parts = {"int8": stored[f"keys/{name}"], "scale": stored[f"keys/{name}/scale"]}
+        keys[name] = decode(parts, "int8", shape)
     if (fingerprint(keys) if keys else "") != layout.keys:
         raise ValueError("the keys are not those of the layout")
     return keys

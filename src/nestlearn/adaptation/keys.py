@@ -66,8 +66,8 @@ def calibrated_keys(
             common directions are turned down.
 
     Returns:
-        path of the site's output map -> keys ``(r, H)``, rounded to bfloat16, in which a value of
-        1 in every entry of V changes y by about its own size.
+        path of the site's output map -> keys ``(r, H)``, of few bits (see `quantise`), in which a
+        value of 1 in every entry of V changes y by about its own size.
 
     Raises:
         ValueError: a site that does not run when the model does.
@@ -122,6 +122,17 @@ def _turned_down(random: Tensor, h: Tensor, size: float, ridge: float) -> Tensor
     return _round(keys * (scale if math.isfinite(scale) and scale > 0 else 1.0))
 
 
+def quantise(keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys as integers -127..127 and a power of two per row, as memory files store them.
+
+    Keys are rounded to such numbers when they are made, so this loses nothing, and models in
+    float32 and bfloat16 use the same.
+    """
+    largest = keys.abs().amax(-1, keepdim=True).clamp(min=2.0**-100)
+    scale = torch.exp2(torch.ceil(torch.log2(largest.double() / 127))).float()
+    return (keys / scale).round().to(torch.int8), scale
+
+
 def _round(keys: Tensor) -> Tensor:
-    """Keys are rounded once, so that models in float32 and bfloat16 use the same."""
-    return keys.to(torch.bfloat16).float()
+    integers, scale = quantise(keys.float())
+    return integers * scale

@@ -33,7 +33,10 @@ COMMANDS: dict[str, Command] = {
         "nestlearn.cli.memory", "MemoryCommand", "show, compare, merge, roll back memory files"
     ),
     "generate": Command("nestlearn.cli.generate", "Generate", "continue a prompt"),
-    "demo": Command("nestlearn.cli.demo", "Demo", "train, sample and stream in three minutes"),
+    "demo": Command("nestlearn.cli.demo", "Demo", "a pre-trained model learns a text, in minutes"),
+    "demo-train": Command(
+        "nestlearn.cli.demo_train", "DemoTrain", "train Hope, sample and stream, in minutes"
+    ),
     "bench": Command("nestlearn.cli.bench", "Bench", "run a script of benchmarks/"),
     "doctor": Command("nestlearn.cli.doctor", "Doctor", "what this machine offers, what will run"),
 }

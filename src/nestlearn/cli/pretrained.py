@@ -36,6 +36,10 @@ def load_pretrained(name: str, dtype: Dtype = "auto", device: str = "auto") -> t
             f"cannot load {name!r}: {first.strip()} (give a folder with a saved model, a .gguf "
             "file or the id of a model on the Hugging Face hub)"
         ) from error
+    if more:  # unpacked: an ordinary model from here on, which can be saved
+        model.hf_quantizer = None  # type: ignore[assignment]
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
     moved: Any = model.eval().to(device=device)
     return moved.to(torch.bfloat16) if model.dtype == torch.float16 else moved, tokenizer
 

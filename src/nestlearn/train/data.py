@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from nestlearn.files import cache_folder
 from nestlearn.sources import Notify, find_sources, read_documents
 from nestlearn.train.tokenizers import fingerprint, is_byte_tokenizer
 
@@ -46,12 +47,6 @@ class Corpus:
     def of(cls, tokens: np.ndarray) -> Corpus:
         """A corpus of tokens at hand (tests, synthetic tasks)."""
         return cls(tokens, hashlib.sha256(np.ascontiguousarray(tokens).data).hexdigest()[:16])
-
-
-def cache_folder() -> Path:
-    """Where token files are kept: ``$NESTLEARN_CACHE`` or ``~/.cache/nestlearn``."""
-    root = os.environ.get("NESTLEARN_CACHE")
-    return Path(root) if root else Path.home() / ".cache" / "nestlearn"
 
 
 def prepare(

@@ -12,6 +12,8 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+from nestlearn.files import cache_folder
+
 SOURCES = ("kernel.cpp", "memories.h", "dense.h")
 FLAGS = (
     "-std=c++17",
@@ -64,7 +66,7 @@ def _compile(compiler: str) -> Path:
     name = hashlib.sha256(" ".join([compiler, *flags, native]).encode())
     for source in SOURCES:
         name.update((folder / source).read_bytes())
-    cache = _cache()
+    cache = cache_folder()
     library = cache / f"kernel-{name.hexdigest()[:20]}.so"
     if not library.exists():
         cache.mkdir(parents=True, exist_ok=True)
@@ -73,13 +75,6 @@ def _compile(compiler: str) -> Path:
             _run([compiler, *flags, str(folder / SOURCES[0]), "-o", str(made)])
             made.replace(library)  # atomic: other processes may be compiling too
     return library
-
-
-def _cache() -> Path:
-    if os.environ.get("NESTLEARN_CACHE"):
-        return Path(os.environ["NESTLEARN_CACHE"])
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "nestlearn"
 
 
 def _run(command: list[str]) -> str:

@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from nestlearn.cli import demo
+from nestlearn.cli import demo_train as demo
 from nestlearn.cli.demo_text import (
     Corpus,
     bigram_bits,
@@ -113,7 +113,7 @@ def test_whole_demo(
     corpus = standard_library(validation_bytes=8192, training_bytes=65_536)
     monkeypatch.setattr(demo, "standard_library", lambda: corpus)
     out = tmp_path / "model"
-    assert demo.Demo(minutes=0.1, stream_tokens=4096, out=out).run() == 0
+    assert demo.DemoTrain(minutes=0.1, stream_tokens=4096, out=out).run() == 0
     text = capsys.readouterr().out
     for word in ("zlib", "bigram", "lzma", "time per token", "nestlearn generate"):
         assert word in text
@@ -123,4 +123,4 @@ def test_whole_demo(
 
 def test_bad_flags_are_user_errors() -> None:
     with pytest.raises(ValueError, match="--minutes"):
-        demo.Demo(minutes=0.0).run()
+        demo.DemoTrain(minutes=0.0).run()

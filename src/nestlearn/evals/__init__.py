@@ -1,0 +1,1 @@
+"""Evaluations: one module per task, the metrics, and the methods they are compared with."""
