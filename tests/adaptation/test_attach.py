@@ -276,3 +276,20 @@ def test_layout_counts(model: Any) -> None:
     assert layout.rank == 5 and len(layout.shapes) == BLOCKS // 2
     assert set(layout.shapes.values()) == {(WIDTH, 5)}
     assert {tuple(k.shape) for k in adaptation_of(model).keys.values()} == {(5, HIDDEN)}
+
+
+def test_copies_and_pickles_are_models_of_their_own(model: Any, ids: Tensor, tmp_path: Any) -> None:
+    base = logits(model, ids)
+    nl.adapt(model, rank=4)
+    adaptation_of(model).show(fill(model))
+    learned = logits(model, ids)
+    torch.save(model, tmp_path / "model.pt")
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    for twin in (copy.deepcopy(model), loaded):
+        assert torch.equal(logits(twin, ids), learned)
+        adaptation_of(twin).show(fill(twin, seed=8))
+        with adaptation_of(twin).inactive():
+            assert torch.equal(logits(twin, ids), base)
+            assert torch.equal(logits(model, ids), learned)
+        nl.unadapt(twin)
+        assert torch.equal(logits(twin, ids), base) and torch.equal(logits(model, ids), learned)

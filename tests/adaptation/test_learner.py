@@ -26,7 +26,7 @@ def learner_of(tokenizer: Any, model: Any = None, levels: Any = None, **settings
     chosen = [nl.Level(period=8), nl.Level(period=32)] if levels is None else levels
     options = {k: settings.pop(k) for k in ("method", "rank", "frozen") if k in settings}
     nl.adapt(model, chosen, **{"rank": 4, **options})
-    return nl.Learner(model, tokenizer, **{"lr": 1e-2, **settings})
+    return nl.Learner(model, tokenizer, **{"lr": 1e-2, "precondition": False, **settings})
 
 
 def logits(learner: Any, ids: Tensor) -> Tensor:
@@ -367,3 +367,46 @@ def test_learning_leaves_the_mode_and_the_base_weights(tokenizer: Any) -> None:
     for name, parameter in model.named_parameters():
         if name in base:
             assert torch.equal(parameter, base[name]) and parameter.grad is None
+
+
+def test_preconditioned_learning_is_the_stated_map(tokenizer: Any) -> None:
+    """One update with SGD: P times the gradient; F from its definition, a token at a time."""
+    from nestlearn.adaptation.keys import generate_text, preconditioners
+
+    levels = [nl.Level(period=8)]
+    plain = learner_of(tokenizer, None, levels, optimizer=torch.optim.SGD, lr=1.0, clip=1e9)
+    ours = learner_of(
+        tokenizer, None, levels, optimizer=torch.optim.SGD, lr=1.0, clip=1e9, precondition=True
+    )
+    for learner in (plain, ours):
+        learner.learn(TEXT[:8])
+    made = adaptation_of(ours.model).preconditioners()
+    for name, change in plain.memory.changes["every 8"].items():
+        torch.testing.assert_close(ours.memory.changes["every 8"][name], made[name] @ change)
+
+    model = tiny_model()
+    sites = adaptation_of(ours.model).sites
+    tokens = generate_text(model)
+    assert all(torch.equal(p, made[n]) for n, p in preconditioners(model, sites, tokens).items())
+    # Many samples of the labels: F is the expectation over the model's own distribution.
+    few = tokens[:1, :6]
+    name = sites[-1].output
+    total = torch.zeros(32, 32)
+    seen: dict[str, Tensor] = {}
+
+    def hook(module: Any, inputs: Any, output: Tensor) -> Tensor:
+        seen["y"] = output.detach().requires_grad_()
+        return seen["y"]
+
+    handle = model.get_submodule(name).register_forward_hook(hook)
+    logits = model(few).logits[0].log_softmax(-1)
+    for place in range(few.shape[1]):
+        for token in range(logits.shape[1]):
+            (g,) = torch.autograd.grad(logits[place, token], seen["y"], retain_graph=True)
+            total += logits[place, token].detach().exp() * g[0].T @ g[0]
+    handle.remove()
+    many = preconditioners(model, sites[-1:], few.expand(3000, -1), batch=500)[name]
+    c = 0.1 * total.diagonal().mean()
+    expected = torch.linalg.inv(total / c + torch.eye(32))
+    # g of earlier places is not 0 where attention follows; here the site is in the last block.
+    assert (many - expected).norm() < 0.05 * expected.norm()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nestlearn.adaptation.fingerprint import fingerprint
-from nestlearn.adaptation.keys import calibrated_keys, generate_text
+from nestlearn.adaptation.keys import calibrated_keys, generate_text, preconditioners
 from nestlearn.adaptation.memory import Layout, Memory, level_name
 from nestlearn.adaptation.sites import Site, find_sites, linear_shape
 from nestlearn.levels.clock import NEVER
@@ -78,7 +78,9 @@ class Adaptation:
         frozen_sites: the blocks that do not.
         targets: name -> weight that is learned.
         keys: of added memories, float32.
-        active: whether what was learned takes part in the forward pass.
+        calibration, seed: what keys and preconditioners are fitted to.
+        active: whether added memories take part in the forward pass.
+        in_rows: what `rows` adds to each target's output, while it is in force.
     """
 
     def __init__(
@@ -89,12 +91,17 @@ class Adaptation:
         sites: tuple[Site, ...],
         frozen_sites: tuple[Site, ...],
         keys: dict[str, Tensor],
+        calibration: Tensor | str | None = None,
+        seed: int = 0,
     ) -> None:
         self.method, self.levels = method, levels
+        self.calibration, self.seed = calibration, seed
+        self._model = model
+        self._preconditioners: dict[str, Tensor] | None = None
         self.sites, self.frozen_sites, self.keys = sites, frozen_sites, keys
         self.targets: dict[str, Target] = {}
         self.active = True
-        self._rows: dict[str, _Rows] | None = None
+        self.in_rows: dict[str, _Rows] | None = None
         self._hooks: list[Any] = []
         every = (*sites, *frozen_sites)
         self.base = fingerprint(
@@ -118,7 +125,7 @@ class Adaptation:
             memory = AddedMemory(self.keys[site.output], site.width, _floating(module, site.output))
             module.add_module(_CHILD, memory)
             self.targets[site.output] = Target(memory.values, None, names, module)
-            self._hooks.append(module.register_forward_hook(self._added_hook(site.output, memory)))
+            self._hooks.append(module.register_forward_hook(_Hook(self, site.output)))
 
     def _attach_placement(self, model: nn.Module) -> None:
         """Blocks are shared out by depth: the fastest level gets those next to the output."""
@@ -131,21 +138,7 @@ class Adaptation:
                 weight.requires_grad_()
                 base = weight.detach().clone()
                 self.targets[name] = Target(weight, base, (level_name(level),), module)
-                self._hooks.append(module.register_forward_hook(self._rows_hook(name)))
-
-    def _added_hook(self, name: str, memory: AddedMemory) -> Any:
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-            if self._rows is not None:
-                return output + self._rows[name](inputs[0])
-            return output + memory(inputs[0]) if self.active else None
-
-        return hook
-
-    def _rows_hook(self, name: str) -> Any:
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-            return None if self._rows is None else output + self._rows[name](inputs[0])
-
-        return hook
+                self._hooks.append(module.register_forward_hook(_Hook(self, name)))
 
     def remove(self) -> None:
         """Take everything off; the base weights are back, bit for bit."""
@@ -159,6 +152,25 @@ class Adaptation:
                     target.weight.copy_(target.base)
         for p, required in self._required.items():
             p.requires_grad_(required)
+
+    def preconditioners(self) -> dict[str, Tensor]:
+        """P of every added memory (see `nestlearn.adaptation.keys`), made when first asked for.
+
+        Empty for placement, and where the keys are not calibrated.
+        """
+        if self._preconditioners is None:
+            self._preconditioners = {}
+            if self.method == "added" and self.calibration is not None:
+                model = self._model
+                with self.inactive():
+                    made = _calibrate(
+                        model, self.calibration, self.seed,
+                        lambda tokens: preconditioners(model, self.sites, tokens, self.seed),
+                    )  # fmt: skip
+                self._preconditioners = {
+                    n: p.to(self.targets[n].weight.device) for n, p in made.items()
+                }
+        return self._preconditioners
 
     # -- memories -----------------------------------------------------------------------------
 
@@ -216,12 +228,30 @@ class Adaptation:
             if same and (why := layout.difference(same)) is not None:
                 raise ValueError(f"memory {i} does not fit this model: {why}")
         stacked = {n: _stack(n, t, memories) for n, t in self.targets.items()}
-        before, self._rows = self._rows, stacked
+        before, self.in_rows = self.in_rows, stacked
         try:
             with self.inactive():
                 yield
         finally:
-            self._rows = before
+            self.in_rows = before
+
+
+class _Hook:
+    """What is added to a linear map's output; a class, so that models can be copied and pickled."""
+
+    def __init__(self, handle: Adaptation, name: str) -> None:
+        self.handle, self.name = handle, name
+
+    def __call__(
+        self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor
+    ) -> Tensor | None:
+        rows = self.handle.in_rows
+        if rows is not None:
+            return output + rows[self.name](inputs[0])
+        memory = module._modules.get(_CHILD)
+        if memory is None or not self.handle.active:
+            return None
+        return output + memory(inputs[0])
 
 
 class _Rows:
@@ -339,17 +369,20 @@ def adapt(
     keys = {}
     if method == "added":
         keys = _keys(model, learning, rank, calibration, seed)
-    handle = Adaptation(model, method, chosen, learning, found[:first], keys)
+    handle = Adaptation(model, method, chosen, learning, found[:first], keys, calibration, seed)
     setattr(model, _HANDLE, handle)
     return model
 
 
-def adapt_to(model: nn.Module, memory: Memory) -> Any:
+def adapt_to(
+    model: nn.Module, memory: Memory, calibration: Tensor | str | None = "generate"
+) -> Any:
     """Adapt a model as a memory needs it: its method, levels, blocks and keys.
 
     Args:
         model: the memory's base model, not adapted.
         memory: see `nestlearn.adaptation.read_memory`.
+        calibration: as for `adapt`; used when learning goes on, not for loading.
 
     Returns:
         ``model``, still computing what it did; `nestlearn.Learner` takes the memory.
@@ -375,7 +408,9 @@ def adapt_to(model: nn.Module, memory: Memory) -> Any:
             "the memory does not fit this model, which has no "
             f"{sorted(missing)[0] if missing else 'blocks to learn'}: another base model"
         )
-    handle = Adaptation(model, layout.method, memory.levels, learning, frozen, memory.keys)
+    handle = Adaptation(
+        model, layout.method, memory.levels, learning, frozen, memory.keys, calibration
+    )
     why = handle.layout.difference(layout)
     if why is not None:
         handle.remove()
@@ -430,6 +465,18 @@ def _keys(
     calibration: Tensor | str | None,
     seed: int,
 ) -> dict[str, Tensor]:
+    return _calibrate(
+        model, calibration, seed, lambda tokens: calibrated_keys(model, sites, tokens, rank, seed)
+    )
+
+
+def _calibrate(
+    model: nn.Module,
+    calibration: Tensor | str | None,
+    seed: int,
+    fit: Callable[[Any], dict[str, Tensor]],
+) -> dict[str, Tensor]:
+    """What ``fit`` makes of the calibration text, the model being in evaluation mode."""
     if isinstance(calibration, str) and calibration != "generate":
         raise ValueError(
             f"calibration must be 'generate', tokens (B, T) or None, got {calibration!r}"
@@ -437,8 +484,8 @@ def _keys(
     training = model.training
     model.eval()
     try:
-        tokens = generate_text(model, seed=seed) if isinstance(calibration, str) else calibration
-        return calibrated_keys(model, sites, tokens, rank, seed)
+        text = generate_text(model, seed=seed) if isinstance(calibration, str) else calibration
+        return fit(text)
     finally:
         model.train(training)
 

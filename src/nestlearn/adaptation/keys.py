@@ -104,6 +104,70 @@ def calibrated_keys(
     return found
 
 
+def preconditioners(
+    model: nn.Module,
+    sites: Sequence[Site],
+    tokens: Tensor,
+    seed: int = 0,
+    ridge: float = 0.1,
+    batch: int = 8,
+) -> dict[str, Tensor]:
+    """P of ``m <- a m - eta P dL/dV`` (Eq. 47): turns gradients away from what the model needs.
+
+    ``P = (F + c)^{-1} c`` with ``F = E[g g^T]``, g the gradient of the log-likelihood of what the
+    model itself would say next (Fisher information) at the output of a site. With the keys, which
+    do the same for the inputs, it is natural gradient with a Kronecker-factored curvature.
+
+    Args:
+        model: a causal language model; its parameters get no gradient.
+        sites: where memories are.
+        tokens: general text ``(B, T)``.
+        seed: of the sampled next tokens.
+        ridge: c in units of F's mean eigenvalue: the smaller, the more is turned away.
+        batch: rows at a time.
+
+    Returns:
+        path of the site's output map -> P ``(D, D)``, float32.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    outputs: dict[str, Tensor] = {}
+
+    def watch(name: str) -> Any:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            outputs[name] = torch.zeros_like(output, requires_grad=True)
+            return output + outputs[name]
+
+        return hook
+
+    names = [site.output for site in sites]
+    sums = {site.output: torch.zeros(site.width, site.width) for site in sites}
+    hooks = [model.get_submodule(n).register_forward_hook(watch(n)) for n in names]
+    embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
+    try:
+        for rows in tokens.split(batch):
+            with torch.enable_grad():
+                out = model(input_ids=rows.to(embeddings.weight.device), use_cache=False)
+                logits = out.logits.float().flatten(0, 1)
+                chances = logits.detach().softmax(-1).cpu()
+                said = torch.multinomial(chances, 1, generator=generator)[:, 0].to(logits.device)
+                loss = F.cross_entropy(logits, said, reduction="sum")
+                grads = torch.autograd.grad(loss, [outputs[n] for n in names])
+            for name, grad in zip(names, grads, strict=True):
+                g = grad.float().flatten(0, -2)
+                sums[name] += (g.mT @ g).cpu()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name: _inverse(total, ridge) for name, total in sums.items()}
+
+
+def _inverse(curvature: Tensor, ridge: float) -> Tensor:
+    """``(F / c + 1)^{-1}``, c = ridge times F's mean eigenvalue."""
+    scaled = curvature.double() / (ridge * curvature.diagonal().double().mean()).clamp(min=1e-300)
+    scaled.diagonal().add_(1.0)
+    return torch.cholesky_inverse(torch.linalg.cholesky(scaled)).float()
+
+
 def _turned_down(random: Tensor, h: Tensor, size: float, ridge: float) -> Tensor:
     """``R (1 + C / c)^{-1}``, c = ridge times C's mean eigenvalue, scaled; ``h (N, H)``."""
     count, hidden = h.shape

@@ -68,7 +68,7 @@ class Learner:
     segment is differentiated once for all levels; a level is updated when its clock is due, with
     the mean gradient of the tokens since its last update:
 
-        theta_l <- theta_l - lr_l * optimizer(mean of gradients in the period)    if due
+        theta_l <- theta_l - lr_l * optimizer(P mean of gradients in the period)  if due
         theta_l <- theta_l * 2^(-period / half_life)                              retention
         theta_(l+1) += s theta_l,  theta_l <- (1 - s) theta_l                     consolidation
 
@@ -83,6 +83,9 @@ class Learner:
             level names (and ``"*"``) to these.
         repeats: gradient steps on each segment. Clocks count a token as often as it is learned.
         clip: largest norm of a segment's gradient.
+        precondition: turn gradients of added memories away from what the model needs for other
+            text (see `nestlearn.adaptation.keys.preconditioners`; some seconds before the first
+            segment). Without it learning is plain, and other text suffers more.
         context: tokens a segment sees at most, itself included (default: 1,024, or the model's
             own limit).
         snapshots: how many earlier states are kept to `undo` to; one is made per `learn`.
@@ -106,6 +109,7 @@ class Learner:
         optimizer: str | InnerFactory | Mapping[str, str | InnerFactory] = "adamw",
         repeats: int = 1,
         clip: float = 1.0,
+        precondition: bool = True,
         context: int | None = None,
         snapshots: int = 3,
         memory: Memory | None = None,
@@ -118,6 +122,7 @@ class Learner:
         for name, count in (("repeats", repeats), ("snapshots", snapshots)):
             if not isinstance(count, int) or count < (name == "repeats"):
                 raise ValueError(f"{name} must be {int(name == 'repeats')} or more, got {count!r}")
+        self.precondition = precondition
         self.lr, self.repeats, self.clip, self.keep = lr, repeats, clip, snapshots
         self._factory = _factories(optimizer)
         self.segment = min(lv.period for lv in self.levels if lv.period != NEVER)
@@ -321,7 +326,11 @@ class Learner:
         self, weights: Sequence[Tensor], grads: Sequence[Tensor | None], tokens: int
     ) -> bool:
         """Hand a segment's gradients to the levels; False if they are not finite."""
-        given = {id(w): g.float() for w, g in zip(weights, grads, strict=True) if g is not None}
+        made = self._handle.preconditioners() if self.precondition else {}
+        given = {}
+        for name, w, g in zip(self._handle.targets, weights, grads, strict=True):
+            if g is not None:
+                given[id(w)] = made[name] @ g.float() if name in made else g.float()
         norm = torch.nn.utils.get_total_norm(given.values()).item()
         if not math.isfinite(norm):
             return False
