@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from nestlearn.adaptation.sites import Site
 
-ROWS, LENGTH = 32, 64
+ROWS, LENGTH = 64, 64
 """Size of the text that a model generates for its keys."""
 
 

