@@ -27,8 +27,8 @@ from torch import Tensor
 TUNING_SEED = 1000
 TUNING_PASSAGES = 20
 GRIDS: dict[str, tuple[float, ...]] = {
-    "naive": (2e-5, 5e-5, 1e-4, 2e-4),
-    "lora": (2e-4, 5e-4, 1e-3, 2e-3),
+    "naive": (5e-5, 1e-4, 2e-4),
+    "lora": (5e-4, 1e-3, 2e-3),
     "ewc": (5e-5, 1e-4, 2e-4),
     "replay": (5e-5, 1e-4, 2e-4),
     "nestlearn": (5e-4, 1e-3, 2e-3),
