@@ -105,7 +105,7 @@ class Learner:
         model: nn.Module,
         tokenizer: Any,
         *,
-        lr: float = 1e-2,
+        lr: float = 1e-3,
         optimizer: str | InnerFactory | Mapping[str, str | InnerFactory] = "adamw",
         repeats: int = 1,
         clip: float = 1.0,
