@@ -62,7 +62,7 @@ def plain_trial(
 ) -> Callable[[], None]:
     """Train on the same segments with AdamW: the added memories, or (None) all weights."""
     import nestlearn as nl
-    from nestlearn.adaptation.learner import _Reader
+    from nestlearn.adaptation.reader import Reader
 
     model = load(name)
     if frozen is not None:
@@ -70,7 +70,7 @@ def plain_trial(
     weights = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=1e-7, foreach=True)
     rows = [torch.tensor([ids[i : i + SEGMENT + 1]]) for i in range(0, len(ids) - 1, SEGMENT)]
-    reader = _Reader(model, len(ids))
+    reader = Reader(model, len(ids))
 
     def step() -> None:
         reader.begin()

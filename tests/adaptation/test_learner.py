@@ -14,7 +14,7 @@ from torch import Tensor
 
 import nestlearn as nl
 from nestlearn.adaptation import adaptation_of
-from nestlearn.adaptation.learner import _segments
+from nestlearn.adaptation.reader import segments
 from tests.adaptation.conftest import tiny_model
 
 TEXT = "Irma Quell built the lighthouse of Ostrava Bay in 1893, and kept its lamp for forty years."
@@ -199,7 +199,7 @@ def test_segments_predict_every_token_once() -> None:
         yield [10], True, True
         yield [11, 12], True, True
 
-    found = list(_segments(pieces(), 4))
+    found = list(segments(pieces(), 4))
     assert found == [
         ([1, 2, 3, 4, 5], True), ([5, 6, 7, 8, 9], False), ([10], True), ([11, 12], True),
     ]  # fmt: skip

@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 import torch
@@ -59,6 +60,16 @@ def decode(parts: dict[str, Tensor], storage: str, shape: tuple[int, ...]) -> Te
     return left.mT @ right
 
 
+def part_names(storage: str) -> tuple[str, ...]:
+    """Names of the parts that `encode` makes."""
+    if storage in ("float32", "bfloat16"):
+        return ("",)
+    if storage == "int8":
+        return ("int8", "scale")
+    rank_of(storage)  # refuses what is unknown
+    return ("left", "left.scale", "right", "right.scale")
+
+
 def rank_of(storage: str) -> int:
     """k of ``rank:k``."""
     match = _RANK.fullmatch(storage)
@@ -69,9 +80,7 @@ def rank_of(storage: str) -> int:
 
 def size_of(shape: tuple[int, ...], storage: str) -> int:
     """Bytes of a stored tensor."""
-    numbers, rows = 1, 1
-    for n in shape:
-        numbers *= n
+    numbers = math.prod(shape)
     rows = numbers // shape[-1] if shape else 1
     if storage == "float32":
         return 4 * numbers

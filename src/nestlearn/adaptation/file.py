@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from nestlearn.adaptation.codec import decode, encode, rank_of, size_of
+from nestlearn.adaptation.codec import decode, encode, part_names, rank_of, size_of
 from nestlearn.adaptation.fingerprint import fingerprint
 from nestlearn.adaptation.keys import quantise
 from nestlearn.adaptation.memory import Changes, Layout, Memory, Snapshot
@@ -347,24 +347,11 @@ def _changes(
             raise ValueError(f"a level named {level!r:.60}")
         own = changes.setdefault(level, {})
         for target in _list(targets):
-            key = _key(prefix, i, target, "")
-            parts = {
-                n.removeprefix(key).removeprefix("/"): t
-                for n, t in ((n, stored[n]) for n in _parts(key, storage))
-            }
+            parts = {n: stored[_key(prefix, i, target, n)] for n in part_names(storage)}
             own[target] = decode(parts, storage, layout.shapes[target])
             if not torch.isfinite(own[target]).all():
                 raise ValueError(f"{target} of level {level} holds numbers that are not finite")
     return changes
-
-
-def _parts(key: str, storage: str) -> list[str]:
-    if storage in ("float32", "bfloat16"):
-        return [key]
-    names = ["int8", "scale"]
-    if storage != "int8":
-        names = ["left", "left.scale", "right", "right.scale"]
-    return [f"{key}/{name}" for name in names]
 
 
 def _only(given: dict[str, Any], allowed: set[str]) -> dict[str, Any]:

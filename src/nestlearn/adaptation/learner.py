@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import functools
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nestlearn.adaptation.attach import Adaptation, adaptation_of, refresh
 from nestlearn.adaptation.documents import Documents, documents_of, token_pieces
 from nestlearn.adaptation.file import Stored, read_memory, write_memory
 from nestlearn.adaptation.memory import Memory, level_name
+from nestlearn.adaptation.reader import Reader, segments
 from nestlearn.levels.clock import NEVER
 from nestlearn.levels.level import Level
 from nestlearn.optim.multirate import InnerFactory, MultiRate
@@ -226,10 +225,10 @@ class Learner:
             self._memory.snapshot(label or "before learning", self.keep)
         training = self.model.training
         self.model.eval()  # what is read is read without dropout
-        reader = _Reader(self.model, self.context)
+        reader = Reader(self.model, self.context)
         pieces = token_pieces(documents_of(documents, text_column), self.tokenizer)
         try:
-            for ids, begins in _segments(pieces, self.segment):
+            for ids, begins in segments(pieces, self.segment):
                 if stop():
                     done.stopped = True
                     break
@@ -280,11 +279,11 @@ class Learner:
         """
         training = self.model.training
         self.model.eval()
-        reader = _Reader(self.model, self.context)
+        reader = Reader(self.model, self.context)
         total, tokens = 0.0, 0
         pieces = token_pieces(documents_of(documents, text_column), self.tokenizer)
         try:
-            for ids, begins in _segments(pieces, min(512, self.context)):
+            for ids, begins in segments(pieces, min(512, self.context)):
                 if begins:
                     reader.begin()
                 if len(ids) < 2:
@@ -301,7 +300,7 @@ class Learner:
         mean = total / tokens
         return {"tokens": tokens, "loss": mean, "perplexity": math.exp(min(mean, 700))}
 
-    def _segment(self, reader: _Reader, ids: Tensor) -> float | None:
+    def _segment(self, reader: Reader, ids: Tensor) -> float | None:
         """Learn one segment ``(1, n + 1)``; its loss when first read, None if not finite."""
         first = None
         tokens = ids.shape[1] - 1
@@ -314,7 +313,7 @@ class Learner:
                 first = value if first is None else first
                 weights = [t.weight for t in self._handle.targets.values()]
                 grads = torch.autograd.grad(loss, weights, allow_unused=True)
-                if not self._update(weights, grads, tokens):
+                if not self._update(grads, tokens):
                     return None
                 del loss
         reader.keep(cache, ids)
@@ -322,15 +321,13 @@ class Learner:
         return first
 
     @torch.no_grad()
-    def _update(
-        self, weights: Sequence[Tensor], grads: Sequence[Tensor | None], tokens: int
-    ) -> bool:
+    def _update(self, grads: Sequence[Tensor | None], tokens: int) -> bool:
         """Hand a segment's gradients to the levels; False if they are not finite."""
         made = self._handle.preconditioners() if self.precondition else {}
         given = {}
-        for name, w, g in zip(self._handle.targets, weights, grads, strict=True):
+        for name, g in zip(self._handle.targets, grads, strict=True):
             if g is not None:
-                given[id(w)] = made[name] @ g.float() if name in made else g.float()
+                given[name] = made[name] @ g.float() if name in made else g.float()
         norm = torch.nn.utils.get_total_norm(given.values()).item()
         if not math.isfinite(norm):
             return False
@@ -338,7 +335,7 @@ class Learner:
         scale = tokens * min(1.0, self.clip / norm if norm > 0 else 1.0)
         torch._foreach_mul_(list(given.values()), scale)
         for (_, target), parameter in self._parameters.items():
-            parameter.grad = given.get(id(self._handle.targets[target].weight))
+            parameter.grad = given.get(target)
         self._optimizer.step(units=tokens)
         for parameter in self._parameters.values():
             parameter.grad = None
@@ -434,84 +431,6 @@ class Learner:
             "clocks": {n: [lv.steps, lv.updates] for n, lv in self._optimizer.levels.items()},
             "state": state,
         }
-
-
-class _Reader:
-    """Reads a document piece by piece; what was read is in the attention cache."""
-
-    def __init__(self, model: nn.Module, context: int) -> None:
-        self.model, self.context = model, context
-        self.begin()
-
-    def begin(self) -> None:
-        """A new document."""
-        self.cache: Any = None
-        self.tail: Tensor | None = None
-        self.length = 0
-
-    def loss(self, ids: Tensor) -> tuple[Tensor, Any]:
-        """Mean next-token loss of ``ids (1, n + 1)``, and the cache with its first n tokens."""
-        count = ids.shape[1] - 1
-        if self.length + count > self.context:
-            self._shorten(self.context // 2)
-        out = self.model(input_ids=ids[:, :-1], past_key_values=_fork(self.cache), use_cache=True)
-        loss = F.cross_entropy(out.logits[0].float(), ids[0, 1:])
-        return loss, out.past_key_values
-
-    def keep(self, cache: Any, ids: Tensor) -> None:
-        """Go on behind ``ids``."""
-        self.cache = _detach(cache)
-        self.length += ids.shape[1] - 1
-        tail = ids[:, :-1] if self.tail is None else torch.cat([self.tail, ids[:, :-1]], 1)
-        self.tail = tail[:, -self.context :]
-
-    @torch.no_grad()
-    def _shorten(self, count: int) -> None:
-        """Start the cache anew with the last ``count`` tokens, at positions from 0."""
-        self.cache, self.length = None, 0
-        if self.tail is not None and count:
-            tail = self.tail[:, -count:]
-            out = self.model(input_ids=tail, use_cache=True)
-            self.cache, self.length = out.past_key_values, tail.shape[1]
-
-
-def _fork(cache: Any) -> Any:
-    """A cache that can grow without the one it comes from: layers replace their tensors."""
-    if cache is None:
-        return None
-    forked = copy.copy(cache)
-    forked.layers = [copy.copy(layer) for layer in cache.layers]
-    return forked
-
-
-def _detach(cache: Any) -> Any:
-    for layer in cache.layers:
-        for name, value in vars(layer).items():
-            if isinstance(value, Tensor) and value.requires_grad:
-                setattr(layer, name, value.detach())
-    return cache
-
-
-def _segments(
-    pieces: Iterator[tuple[list[int], bool, bool]], length: int
-) -> Iterator[tuple[list[int], bool]]:
-    """Segments of ``length`` tokens and the one before, and whether a document begins.
-
-    Each token of a document but its first is predicted exactly once.
-    """
-    held: list[int] = []
-    fresh = True
-    for ids, begins, ends in pieces:
-        if begins:
-            held, fresh = [], True
-        held += ids
-        place = 0
-        while len(held) - place > length:
-            yield held[place : place + length + 1], fresh
-            place, fresh = place + length, False
-        held = held[place:]
-        if ends and (len(held) > 1 or fresh):
-            yield held, fresh
 
 
 def _factories(given: Any) -> Any:

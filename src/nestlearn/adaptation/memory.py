@@ -98,15 +98,6 @@ class Memory:
         """Whether nothing was learned."""
         return not any(t.count_nonzero() for level in self.changes.values() for t in level.values())
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors in memory."""
-        found: dict[str, Tensor] = {}
-        from nestlearn.files import pack
-
-        pack([self.keys, self.changes, self.optimizer, [s.changes for s in self.snapshots]], found)
-        return sum(t.nbytes for t in found.values())
-
     def total(self, target: str) -> Tensor | None:
         """Sum of all levels' changes of a target; None if there are none."""
         found = [level[target] for level in self.changes.values() if target in level]
