@@ -410,3 +410,24 @@ def test_preconditioned_learning_is_the_stated_map(tokenizer: Any) -> None:
     expected = torch.linalg.inv(total / c + torch.eye(32))
     # g of earlier places is not 0 where attention follows; here the site is in the last block.
     assert (many - expected).norm() < 0.05 * expected.norm()
+
+
+def test_counts_are_right_at_every_moment(tokenizer: Any) -> None:
+    """A save in the middle of learning says how much was read until then."""
+    learner = learner_of(tokenizer)
+    seen: list[tuple[int, int]] = []
+
+    def progress(done: Any) -> None:
+        counts = learner.memory.counts
+        seen.append((counts["tokens"] - done.tokens, counts["documents"] - done.documents))
+
+    learner.learn("one two three four five six " * 20, progress=progress)
+    assert len(seen) > 1 and set(seen) == {(0, 0)}
+
+
+def test_modes_of_modules_survive_reading(tokenizer: Any) -> None:
+    model = tiny_model()
+    part = model.train().get_input_embeddings()
+    part.eval()
+    learner_of(tokenizer, model).learn("some words to read")
+    assert model.training and not part.training

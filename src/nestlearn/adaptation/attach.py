@@ -8,12 +8,13 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nestlearn.adaptation.added import CHILD, AddedMemory, Hook, Rows, Target, refresh, stack_rows
 from nestlearn.adaptation.fingerprint import fingerprint
 from nestlearn.adaptation.keys import calibrated_keys, generate_text, preconditioners
 from nestlearn.adaptation.memory import Layout, Memory, level_name
+from nestlearn.adaptation.reader import reading
 from nestlearn.adaptation.sites import Site, find_sites, linear_shape
 from nestlearn.levels.clock import NEVER
 from nestlearn.levels.level import Level
@@ -23,49 +24,6 @@ PERIODS = (64, 512, 4096)
 """Periods of the default levels, in tokens."""
 
 _HANDLE = "_nestlearn"
-_CHILD = "nestlearn"
-
-
-class AddedMemory(nn.Module):
-    """An associative memory beside the last linear map of an MLP: ``y + V K h`` (Eq. 74).
-
-    h is the MLP's hidden activation, K are keys that stay as they are, V the values that are
-    learned: the sum of all levels' values, which share the keys.
-
-    Args:
-        keys: K ``(r, H)``.
-        width: D.
-        like: type and device come from this weight.
-    """
-
-    keys: Tensor
-
-    def __init__(self, keys: Tensor, width: int, like: Tensor) -> None:
-        super().__init__()
-        # Not in the model's own files: keys belong to the memory and are stored with it.
-        self.register_buffer("keys", keys.to(like), persistent=False)
-        self.values = nn.Parameter(torch.zeros(width, len(keys)).to(like))
-
-    def forward(self, h: Tensor) -> Tensor:
-        """``V K h``: ``(..., H)`` to ``(..., D)``."""
-        return F.linear(F.linear(h, self.keys), self.values)
-
-
-@dataclasses.dataclass
-class Target:
-    """A weight that levels change: ``W = W_0 + sum of the levels' changes``.
-
-    Attributes:
-        weight: W, the parameter that the model computes with.
-        base: W_0, or None for zero.
-        levels: names of the levels that change it.
-        module: the linear map it belongs to.
-    """
-
-    weight: nn.Parameter
-    base: Tensor | None
-    levels: tuple[str, ...]
-    module: nn.Module
 
 
 class Adaptation:
@@ -101,7 +59,7 @@ class Adaptation:
         self.sites, self.frozen_sites, self.keys = sites, frozen_sites, keys
         self.targets: dict[str, Target] = {}
         self.active = True
-        self.in_rows: dict[str, _Rows] | None = None
+        self.in_rows: dict[str, Rows] | None = None
         self._hooks: list[Any] = []
         every = (*sites, *frozen_sites)
         self.base = fingerprint(
@@ -123,9 +81,9 @@ class Adaptation:
         for site in self.sites:
             module = model.get_submodule(site.output)
             memory = AddedMemory(self.keys[site.output], site.width, _floating(module, site.output))
-            module.add_module(_CHILD, memory)
+            module.add_module(CHILD, memory)
             self.targets[site.output] = Target(memory.values, None, names, module)
-            self._hooks.append(module.register_forward_hook(_Hook(self, site.output)))
+            self._hooks.append(module.register_forward_hook(Hook(self, site.output)))
 
     def _attach_placement(self, model: nn.Module) -> None:
         """Blocks are shared out by depth: the fastest level gets those next to the output."""
@@ -138,7 +96,7 @@ class Adaptation:
                 weight.requires_grad_()
                 base = weight.detach().clone()
                 self.targets[name] = Target(weight, base, (level_name(level),), module)
-                self._hooks.append(module.register_forward_hook(_Hook(self, name)))
+                self._hooks.append(module.register_forward_hook(Hook(self, name)))
 
     def remove(self) -> None:
         """Take everything off; the base weights are back, bit for bit."""
@@ -146,7 +104,7 @@ class Adaptation:
             hook.remove()
         for target in self.targets.values():
             if target.base is None:
-                del target.module._modules[_CHILD]
+                del target.module._modules[CHILD]
             else:
                 with torch.no_grad():
                     target.weight.copy_(target.base)
@@ -227,80 +185,13 @@ class Adaptation:
             same = memory and dataclasses.replace(memory.layout, keys=layout.keys)
             if same and (why := layout.difference(same)) is not None:
                 raise ValueError(f"memory {i} does not fit this model: {why}")
-        stacked = {n: _stack(n, t, memories) for n, t in self.targets.items()}
+        stacked = {n: stack_rows(n, t, memories) for n, t in self.targets.items()}
         before, self.in_rows = self.in_rows, stacked
         try:
             with self.inactive():
                 yield
         finally:
             self.in_rows = before
-
-
-class _Hook:
-    """What is added to a linear map's output; a class, so that models can be copied and pickled."""
-
-    def __init__(self, handle: Adaptation, name: str) -> None:
-        self.handle, self.name = handle, name
-
-    def __call__(
-        self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor
-    ) -> Tensor | None:
-        rows = self.handle.in_rows
-        if rows is not None:
-            return output + rows[self.name](inputs[0])
-        memory = module._modules.get(_CHILD)
-        if memory is None or not self.handle.active:
-            return None
-        return output + memory(inputs[0])
-
-
-class _Rows:
-    """Changes of one target, a row each: ``x (B, T, in)`` to ``(B, T, out)``."""
-
-    def __init__(self, changes: Tensor, keys: Tensor | None, transposed: bool) -> None:
-        self.changes, self.keys, self.transposed = changes, keys, transposed
-
-    def __call__(self, x: Tensor) -> Tensor:
-        flat = x if x.ndim == 3 else x.reshape(len(self.changes), -1, x.shape[-1])
-        if len(flat) != len(self.changes):
-            raise ValueError(
-                f"rows() was given {len(self.changes)} memories, the batch has {len(flat)} rows"
-            )
-        if self.keys is not None:
-            flat = flat @ self.keys.mT
-        y = flat @ (self.changes if self.transposed else self.changes.mT)
-        return y.reshape(*x.shape[:-1], y.shape[-1])
-
-
-def _stack(name: str, target: Target, memories: Sequence[Memory | None]) -> _Rows:
-    weight = target.weight
-    empty = torch.zeros_like(weight, requires_grad=False)
-
-    def change(memory: Memory | None) -> Tensor:
-        total = None if memory is None else memory.total(name)
-        return empty if total is None else total.to(weight)
-
-    keys = None
-    if target.base is None:
-        own: AddedMemory = target.module._modules[_CHILD]  # type: ignore[assignment]
-        keys = torch.stack([own.keys if m is None else m.keys[name].to(weight) for m in memories])
-    transposed = target.base is not None and not isinstance(target.module, nn.Linear)
-    return _Rows(torch.stack([change(m) for m in memories]), keys, transposed)
-
-
-def refresh(target: Target, changes: Sequence[Tensor]) -> None:
-    """``W = W_0 + sum(changes)``, summed in float32 and rounded once."""
-    weight = target.weight
-    if not changes:
-        if target.base is None:
-            weight.zero_()
-        else:
-            weight.copy_(target.base)
-        return
-    total = changes[0] if len(changes) == 1 else torch.stack(list(changes)).sum(0)
-    if target.base is not None:
-        total = target.base.to(total) + total.to(target.base.device)
-    weight.copy_(total)
 
 
 def adapt(
@@ -481,13 +372,9 @@ def _calibrate(
         raise ValueError(
             f"calibration must be 'generate', tokens (B, T) or None, got {calibration!r}"
         )
-    training = model.training
-    model.eval()
-    try:
+    with reading(model):
         text = generate_text(model, seed=seed) if isinstance(calibration, str) else calibration
         return fit(text)
-    finally:
-        model.train(training)
 
 
 def _weight(model: nn.Module, name: str) -> Tensor:

@@ -79,10 +79,7 @@ def write_memory(memory: Memory, path: str | Path, max_bytes: int | None = None)
         OSError: the file cannot be written; the old one is as it was.
     """
     path = Path(path)
-    if path.suffix != SUFFIX:
-        raise ValueError(f"a memory file is named *{SUFFIX}, got {path.name!r}")
-    if not path.absolute().parent.is_dir():
-        raise ValueError(f"no folder {path.absolute().parent}; create it first")
+    check_path(path)
     plan = _plan(memory, max_bytes)
     while True:
         tensors, content = _content(memory, plan)
@@ -96,6 +93,14 @@ def write_memory(memory: Memory, path: str | Path, max_bytes: int | None = None)
         plan = _smaller(plan, max_bytes)  # names and counts took more than was kept free
     save_tensors(tensors, path, metadata)
     return dataclasses.replace(plan, nbytes=path.stat().st_size)
+
+
+def check_path(path: Path) -> None:
+    """Whether a memory file can be written there (ValueError otherwise)."""
+    if path.suffix != SUFFIX:
+        raise ValueError(f"a memory file is named *{SUFFIX}, got {path.name!r}")
+    if not path.absolute().parent.is_dir():
+        raise ValueError(f"no folder {path.absolute().parent}; create it first")
 
 
 def read_memory(path: str | Path, layout: Layout | None = None) -> Memory:

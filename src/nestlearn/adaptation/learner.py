@@ -14,14 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nestlearn.adaptation.attach import Adaptation, adaptation_of, refresh
+from nestlearn.adaptation.attach import Adaptation, adaptation_of
 from nestlearn.adaptation.documents import Documents, documents_of, token_pieces
 from nestlearn.adaptation.file import Stored, read_memory, write_memory
+from nestlearn.adaptation.level_weights import LevelWeights
 from nestlearn.adaptation.memory import Memory, level_name
-from nestlearn.adaptation.reader import Reader, segments
+from nestlearn.adaptation.reader import Reader, reading, segments
 from nestlearn.levels.clock import NEVER
 from nestlearn.levels.level import Level
-from nestlearn.optim.multirate import InnerFactory, MultiRate
+from nestlearn.optim.multirate import InnerFactory
 
 OPTIMIZERS: dict[str, InnerFactory] = {
     "adamw": functools.partial(torch.optim.AdamW, betas=(0.9, 0.99), weight_decay=0.0),
@@ -140,7 +141,7 @@ class Learner:
     @property
     def memory(self) -> Memory:
         """What was learned so far, as a value of its own (with the optimizers' states)."""
-        self._memory.optimizer = self._optimizer_state()
+        self._memory.optimizer = self._weights.state()
         return self._memory
 
     def use(self, memory: Memory) -> None:
@@ -154,8 +155,8 @@ class Learner:
             why = f"it has the levels {', '.join(memory.names)}"
         if why is not None:
             raise ValueError(f"the memory does not fit this model: {why}")
-        parameters, optimizer = self._build(memory)
-        self._memory, self._parameters, self._optimizer = memory, parameters, optimizer
+        weights = LevelWeights(self._handle, memory, self._factory, self.lr)
+        self._memory, self._weights = memory, weights
         self._mean = {level_name(level): (0.0, 0) for level in self.levels}
         self._surprise: dict[str, float] = {}
         self._handle.show(memory)
@@ -218,45 +219,42 @@ class Learner:
         """
         if self.frozen:
             raise ValueError("the memory is frozen; learner.freeze(False) lets it learn again")
-        before = {n: lv.updates for n, lv in self._optimizer.levels.items()}
+        before = {n: lv.updates for n, lv in self._weights.optimizer.levels.items()}
         done = Learned(updates=dict.fromkeys(before, 0))
         began, total = time.perf_counter(), 0.0
         if self.keep:
             self._memory.snapshot(label or "before learning", self.keep)
-        training = self.model.training
-        self.model.eval()  # what is read is read without dropout
         reader = Reader(self.model, self.context)
         pieces = token_pieces(documents_of(documents, text_column), self.tokenizer)
         try:
-            for ids, begins in segments(pieces, self.segment):
-                if stop():
-                    done.stopped = True
-                    break
-                if begins:
-                    reader.begin()
-                done.documents += int(begins)
-                if len(ids) < 2:
-                    continue
-                tokens = len(ids) - 1
-                loss = self._segment(reader, torch.tensor([ids], device=self.device))
-                if loss is None:
-                    done.skipped += 1
-                    continue
-                total += loss * tokens
-                done.tokens += tokens
-                done.loss = total / done.tokens
-                done.seconds = time.perf_counter() - began
-                done.updates = {
-                    n: lv.updates - before[n] for n, lv in self._optimizer.levels.items()
-                }
-                done.surprise = dict(self._surprise)
-                if progress is not None:
-                    progress(done)
+            with reading(self.model):
+                for ids, begins in segments(pieces, self.segment):
+                    if stop():
+                        done.stopped = True
+                        break
+                    if begins:
+                        reader.begin()
+                        done.documents += 1
+                        self._count("documents", 1)
+                    if len(ids) < 2:
+                        continue
+                    tokens = len(ids) - 1
+                    loss = self._segment(reader, torch.tensor([ids], device=self.device))
+                    if loss is None:
+                        done.skipped += 1
+                        self._count("skipped", 1)
+                        continue
+                    total += loss * tokens
+                    done.tokens += tokens
+                    self._count("tokens", tokens)
+                    done.loss = total / done.tokens
+                    done.seconds = time.perf_counter() - began
+                    levels = self._weights.optimizer.levels
+                    done.updates = {n: lv.updates - before[n] for n, lv in levels.items()}
+                    done.surprise = dict(self._surprise)
+                    if progress is not None:
+                        progress(done)
         finally:
-            self.model.train(training)
-            for name, count in (("tokens", done.tokens), ("documents", done.documents)):
-                self._memory.counts[name] = self._memory.counts.get(name, 0) + count
-            self._memory.counts["skipped"] = self._memory.counts.get("skipped", 0) + done.skipped
             if not done.tokens and self.keep and self._memory.snapshots:
                 self._memory.snapshots.pop()
         done.seconds = time.perf_counter() - began
@@ -277,12 +275,10 @@ class Learner:
         Returns:
             ``tokens``, ``loss`` (nats per token) and ``perplexity``.
         """
-        training = self.model.training
-        self.model.eval()
         reader = Reader(self.model, self.context)
         total, tokens = 0.0, 0
         pieces = token_pieces(documents_of(documents, text_column), self.tokenizer)
-        try:
+        with reading(self.model):
             for ids, begins in segments(pieces, min(512, self.context)):
                 if begins:
                     reader.begin()
@@ -293,8 +289,6 @@ class Learner:
                 reader.keep(cache, row)
                 total += loss.item() * (len(ids) - 1)
                 tokens += len(ids) - 1
-        finally:
-            self.model.train(training)
         if not tokens:
             raise ValueError("there is nothing to evaluate: the documents hold no text")
         mean = total / tokens
@@ -334,103 +328,26 @@ class Learner:
         # Levels average over the tokens of their period, so a segment counts by its tokens.
         scale = tokens * min(1.0, self.clip / norm if norm > 0 else 1.0)
         torch._foreach_mul_(list(given.values()), scale)
-        for (_, target), parameter in self._parameters.items():
-            parameter.grad = given.get(target)
-        self._optimizer.step(units=tokens)
-        for parameter in self._parameters.values():
-            parameter.grad = None
-        if self._optimizer.fired:
-            self._settle(self._optimizer.fired)
+        self._weights.update(given, tokens)
         return True
 
-    def _settle(self, fired: tuple[str, ...]) -> None:
-        """Retention and consolidation of the levels that were updated, then the working weights."""
-        changed = {t for (level, t) in self._parameters if level in fired}
-        for i, level in enumerate(self.levels):
-            name = level_name(level)
-            if name not in fired:
-                continue
-            if level.half_life is not None:
-                fade = 0.5 ** (level.period / level.half_life)
-                own: list[Tensor] = [p for (lv, _), p in self._parameters.items() if lv == name]
-                torch._foreach_mul_(own, fade)
-            if i and level.meta_rate:
-                self._consolidate(level_name(self.levels[i - 1]), name, level.meta_rate)
-        for target in changed:
-            parts = [p for (_, t), p in self._parameters.items() if t == target]
-            refresh(self._handle.targets[target], parts)
-
-    def _consolidate(self, fast: str, slow: str, share: float) -> None:
-        for (level, target), parameter in self._parameters.items():
-            if level == slow and (fast, target) in self._parameters:
-                source = self._parameters[fast, target]
-                parameter.add_(source, alpha=share)
-                source.mul_(1 - share)
+    def _count(self, name: str, more: int) -> None:
+        self._memory.counts[name] = self._memory.counts.get(name, 0) + more
 
     def _observe(self, loss: float, tokens: int) -> None:
         for level in self.levels:
             name = level_name(level)
             total, count = self._mean[name]
             total, count = total + loss * tokens, count + tokens
-            if name in self._optimizer.fired or name not in self._surprise:
+            if name in self._weights.optimizer.fired or name not in self._surprise:
                 self._surprise[name] = total / count
-            self._mean[name] = (0.0, 0) if name in self._optimizer.fired else (total, count)
-
-    # -- levels and their optimizers ------------------------------------------------------------
+            self._mean[name] = (0.0, 0) if name in self._weights.optimizer.fired else (total, count)
 
     @property
     def device(self) -> torch.device:
         """Where the model's inputs go."""
         embeddings: Any = self.model.get_input_embeddings()  # type: ignore[operator]
         return embeddings.weight.device
-
-    def _build(self, memory: Memory) -> tuple[dict[tuple[str, str], nn.Parameter], MultiRate]:
-        """The changes as parameters (the memory's own tensors), and an optimizer for them."""
-        parameters: dict[tuple[str, str], nn.Parameter] = {}
-        groups = []
-        for level in self.levels:
-            name = level_name(level)
-            own = memory.changes.setdefault(name, {})
-            if level.eta == 0 or level.period == NEVER:
-                continue
-            for target, spec in self._handle.targets.items():
-                if name not in spec.levels:
-                    continue
-                change = own.get(target)
-                if change is None:
-                    change = torch.zeros(spec.weight.shape, dtype=torch.float32)
-                change = change.to(spec.weight.device)
-                own[target] = change
-                parameters[name, target] = nn.Parameter(change)
-                own[target] = parameters[name, target].data
-            mine = [p for (lv, _), p in parameters.items() if lv == name]
-            groups.append(
-                {
-                    "params": mine,
-                    "level": name,
-                    "period": level.period,
-                    "lr": self.lr * level.lr_scale,
-                }
-            )
-        optimizer = MultiRate(groups, self._factory, accumulate="mean")
-        if memory.optimizer is not None:
-            _load_state(optimizer, parameters, memory.optimizer)
-        return parameters, optimizer
-
-    def _optimizer_state(self) -> dict[str, Any]:
-        """Clocks, momenta and accumulators by name of level and target."""
-        names = {id(p): f"{level}/{target}" for (level, target), p in self._parameters.items()}
-        state: dict[str, Any] = {}
-        for level in self._optimizer.levels.values():
-            for p in level.parameters():
-                entries = {**level.optimizer.state.get(p, {}), **self._optimizer.state.get(p, {})}
-                if entries:
-                    state[names[id(p)]] = entries
-        return {
-            "names": {n: type(lv.optimizer).__name__ for n, lv in self._optimizer.levels.items()},
-            "clocks": {n: [lv.steps, lv.updates] for n, lv in self._optimizer.levels.items()},
-            "state": state,
-        }
 
 
 def _factories(given: Any) -> Any:
@@ -467,30 +384,3 @@ def _context(limit: int, given: int | None, segment: int) -> int:
 
 def _name_of(model: nn.Module) -> str:
     return str(getattr(getattr(model, "config", None), "name_or_path", "") or "")[-200:]
-
-
-def _load_state(
-    optimizer: MultiRate, parameters: dict[tuple[str, str], nn.Parameter], stored: dict[str, Any]
-) -> None:
-    """Restore clocks, and momenta where optimizer and shapes are the same."""
-    clocks, names = stored["clocks"], stored["names"]
-    for name, level in optimizer.levels.items():
-        if name in clocks:
-            steps, updates = clocks[name]
-            if type(steps) is not int or type(updates) is not int or min(steps, updates) < 0:
-                raise ValueError(f"the clock of level {name} stands at {clocks[name]!r:.40}")
-            level.steps, level.updates = steps, updates
-    for (name, target), p in parameters.items():
-        entries = stored["state"].get(f"{name}/{target}", {})
-        level = optimizer.levels[name]
-        if not entries or names.get(name) != type(level.optimizer).__name__:
-            continue
-        for key, value in entries.items():
-            if isinstance(value, Tensor) and value.ndim and value.shape != p.shape:
-                raise ValueError(f"state {key} of {target} has shape {tuple(value.shape)}")
-            if isinstance(value, Tensor):
-                value = value.to(p.device if value.ndim else "cpu", copy=True)
-            if key == "accumulated":
-                optimizer.state[p][key] = value
-            else:
-                level.optimizer.state[p][key] = value

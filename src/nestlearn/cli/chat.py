@@ -5,12 +5,12 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import tyro
 
-if TYPE_CHECKING:
-    from nestlearn.adaptation import Learner
+from nestlearn.cli.learner import open_learner
+from nestlearn.cli.pretrained import Dtype
 
 HELP = """/save      write the memory file
 /reset     forget everything (the file stays until /save)
@@ -40,8 +40,8 @@ class Chat:
     """Longest answer."""
     temperature: float = 0.0
     """Randomness of answers; 0 always takes the likeliest token."""
-    dtype: str = "auto"
-    """auto, fp32, bf16."""
+    dtype: Dtype = "auto"
+    """Type of the weights."""
     device: str = "auto"
     """auto, cpu, cuda."""
 
@@ -51,7 +51,9 @@ class Chat:
             raise ValueError(f"--max-new-tokens must be at least 1, got {self.max_new_tokens}")
         if self.temperature < 0:
             raise ValueError(f"--temperature must be 0 or more, got {self.temperature}")
-        self._learner = self._open()
+        self._learner = open_learner(
+            self.model, self.memory, self.dtype, self.device, lr=self.lr, repeats=self.repeats
+        )
         self._learner.freeze(not self.learn)
         self._turns: list[dict[str, str]] = []
         self._unsaved = False
@@ -73,20 +75,6 @@ class Chat:
         elif self._unsaved:
             print("not saved: what was learned since the last /save is gone")
         return 0
-
-    def _open(self) -> Learner:
-        from nestlearn.adaptation import Learner, adapt
-        from nestlearn.cli.learn import open_memory
-        from nestlearn.cli.pretrained import load_pretrained
-
-        settings: dict[str, Any] = {"lr": self.lr, "repeats": self.repeats}
-        if self.memory.exists():
-            return open_memory(self.model, self.memory, self.dtype, self.device, settings)
-        if self.memory.suffix != ".nlmem" or not self.memory.absolute().parent.is_dir():
-            raise ValueError(f"--memory: a file *.nlmem in a folder that exists, not {self.memory}")
-        model, tokenizer = load_pretrained(self.model, self.dtype, self.device)  # type: ignore[arg-type]
-        print(f"new memory: {self.memory}")
-        return Learner(adapt(model, frozen=0.5), tokenizer, **settings)
 
     def _answer(self, text: str) -> None:
         import torch

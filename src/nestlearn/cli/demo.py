@@ -124,11 +124,11 @@ class Demo:
         return json.loads(done.stdout.splitlines()[-1])
 
     def _report(self) -> dict[str, Any]:
-        from nestlearn.cli.learn import open_memory
+        from nestlearn.cli.learner import open_learner
 
         if self.model is None:
             raise ValueError("--report needs --model")
-        return answers(open_memory(self.model, self.memory, "auto", "auto", {}))
+        return answers(open_learner(self.model, self.memory))
 
 
 def answers(learner: Any) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from nestlearn.cli.learner import open_learner
 from nestlearn.cli.units import parse_bytes
 
 if TYPE_CHECKING:
@@ -106,29 +107,12 @@ class Learn:
         return INTERRUPTED if done.stopped else 0
 
     def _learner(self) -> Learner:
-        from nestlearn.adaptation import Learner, adapt
-        from nestlearn.cli.pretrained import load_pretrained
-        from nestlearn.levels.level import Level
-
-        settings: dict[str, Any] = dict(
-            lr=self.lr, optimizer=self.optimizer, repeats=self.repeats, context=self.context
-        )
-        if self.memory.exists():
-            return open_memory(self.model, self.memory, self.dtype, self.device, settings)
-        if self.memory.suffix != ".nlmem":
-            raise ValueError(f"--memory: a memory file is named *.nlmem, got {self.memory.name!r}")
-        if not self.memory.absolute().parent.is_dir():
-            raise ValueError(f"--memory: no folder {self.memory.absolute().parent}; create it")
-        model, tokenizer = load_pretrained(self.model, self.dtype, self.device)
-        adapt(
-            model,
-            [Level(period=p) for p in self.levels],
-            method=self.method,
-            rank=self.rank,
-            frozen=self.frozen,
-        )
-        print(f"new memory: {self.memory}")
-        return Learner(model, tokenizer, **settings)
+        return open_learner(
+            self.model, self.memory, self.dtype, self.device,
+            {"periods": self.levels, "method": self.method, "rank": self.rank,
+             "frozen": self.frozen},
+            lr=self.lr, optimizer=self.optimizer, repeats=self.repeats, context=self.context,
+        )  # fmt: skip
 
     def _held_out(self, learner: Learner, when: str) -> float | None:
         if self.held_out is None:
@@ -137,20 +121,6 @@ class Learn:
         print(f"held-out perplexity {when}: {result['perplexity']:.3f} "
               f"({result['tokens']:,} tokens)")  # fmt: skip
         return result["perplexity"]
-
-
-def open_memory(
-    model_name: str, path: Path, dtype: Any, device: str, settings: dict[str, Any]
-) -> Learner:
-    """A learner that goes on from a memory file, its model adapted as the memory needs it."""
-    from nestlearn.adaptation import Learner, read_memory
-    from nestlearn.adaptation.attach import adapt_to
-    from nestlearn.cli.pretrained import load_pretrained
-
-    memory = read_memory(path)
-    model, tokenizer = load_pretrained(model_name, dtype, device)
-    adapt_to(model, memory)
-    return Learner(model, tokenizer, memory=memory, **settings)
 
 
 def _documents(names: tuple[str, ...]) -> Any:
