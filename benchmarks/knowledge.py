@@ -2,18 +2,18 @@
 
 A pre-trained model reads passages (SQuAD), one after the other. Afterwards it is asked with the
 book closed; its perplexity on unrelated text (WikiText-2 validation) and, along the stream, on the
-first passages says what it lost. Learning rates are chosen on passages of their own (the tuning
-seed): the best recall (log-probability of cloze answers) on the grid, for every method alike; the
-rows keep all rates, so that recall against damage can be read off too.
+first passages says what it lost. Settings are chosen on passages of their own (the tuning seed) by
+two rules, for every method alike: `recall`, the best recall (log-probability of cloze answers)
+whatever it costs; `careful`, the best recall among those that raise the perplexity of unrelated
+text by at most 3%.
 
-    python benchmarks/knowledge.py --model FOLDER                       # everything (resumes)
+    python benchmarks/knowledge.py --model FOLDER --jobs 2              # everything (resumes)
     python benchmarks/knowledge.py --model FOLDER --methods nestlearn naive --passages 20
 """
 
 from __future__ import annotations
 
 import gzip
-import math
 import statistics
 import sys
 import time
@@ -22,21 +22,33 @@ from typing import Any
 
 import torch
 from common import Results, arguments, data_root, out_path, table
+from learn import in_parallel
 from torch import Tensor
 
 TUNING_SEED = 1000
 TUNING_PASSAGES = 20
-GRIDS: dict[str, tuple[float, ...]] = {
-    "naive": (5e-5, 1e-4, 2e-4),
-    "lora": (5e-4, 1e-3, 2e-3),
-    "ewc": (5e-5, 1e-4, 2e-4),
-    "replay": (5e-5, 1e-4, 2e-4),
-    "nestlearn": (5e-4, 1e-3, 2e-3),
-    "nestlearn_1_level": (5e-4, 1e-3, 2e-3),
-    "nestlearn_plain": (5e-4, 1e-3, 2e-3),
-    "placement": (5e-5, 1e-4, 2e-4),
-    "frozen": (0.0,),
-    "in_context": (0.0,),
+CAREFUL = 1.03  # how much the perplexity of unrelated text may rise, by the careful rule
+RULES = ("careful", "recall")
+
+
+def grid(lrs: tuple[float, ...], **more: Any) -> list[dict[str, Any]]:
+    """Settings that differ in the learning rate."""
+    return [{"lr": lr, **more} for lr in lrs]
+
+
+ALL_WEIGHTS = (2.5e-5, 5e-5, 1e-4, 2e-4)
+MEMORIES = (2.5e-4, 5e-4, 1e-3, 2e-3)
+GRIDS: dict[str, list[dict[str, Any]]] = {
+    "naive": grid(ALL_WEIGHTS),
+    "lora": grid((1e-4, 2.5e-4, 5e-4, 1e-3), rank=16),
+    "ewc": [*grid((1e-4,), ewc=1e5), *grid((1e-4, 2e-4), ewc=1e6), *grid((1e-4,), ewc=1e7)],
+    "replay": grid(ALL_WEIGHTS, replay=0.5),
+    "nestlearn": grid(MEMORIES),
+    "nestlearn_1_level": grid(MEMORIES, periods=(64,)),
+    "nestlearn_plain": grid(MEMORIES, precondition=False),
+    "placement": grid(ALL_WEIGHTS, method="placement", precondition=False),
+    "frozen": [{}],
+    "in_context": [{}],
 }
 CURVE = 10  # points of the forgetting curve
 
@@ -51,7 +63,9 @@ def unrelated(tokenizer: Any, tokens: int) -> Tensor:
     return torch.tensor(tokenizer(text, add_special_tokens=False).input_ids[:tokens])
 
 
-def teacher(method: str, model: Any, tokenizer: Any, lr: float, repeats: int, seed: int) -> Any:
+def teacher(
+    method: str, model: Any, tokenizer: Any, setting: dict[str, Any], repeats: int, seed: int
+) -> Any:
     """(model to ask, function that reads a document)."""
     import nestlearn as nl
     from nestlearn.adaptation.keys import generate_text
@@ -60,23 +74,24 @@ def teacher(method: str, model: Any, tokenizer: Any, lr: float, repeats: int, se
     if method in ("frozen", "in_context"):
         return model, lambda text: None
     if method.startswith("nestlearn") or method == "placement":
-        periods = (64,) if method == "nestlearn_1_level" else (64, 512, 4096)
-        kind = "placement" if method == "placement" else "added"
-        levels = [nl.Level(period=p) for p in periods]
+        levels = [nl.Level(period=p) for p in setting.get("periods", (64, 512, 4096))]
+        kind = setting.get("method", "added")
         nl.adapt(model, levels, frozen=0.5, method=kind, seed=seed)
         learner = nl.Learner(
-            model, tokenizer, lr=lr, repeats=repeats, precondition=method != "nestlearn_plain",
-            snapshots=0,
+            model, tokenizer, lr=setting["lr"], repeats=repeats, snapshots=0,
+            precondition=setting.get("precondition", True),
         )  # fmt: skip
         return model, learner.learn
-    settings: dict[str, Any] = {"lora": {"lora": 16}, "replay": {"replay": 0.5}}.get(method, {})
-    if method == "ewc":
-        settings = {"ewc": 1e3, "anchor": generate_text(model, seed=seed)}
-    taught = FineTuning(model, tokenizer, lr=lr, repeats=repeats, seed=seed, **settings)
+    given = {"lora" if k == "rank" else k: v for k, v in setting.items()}
+    if "ewc" in given:
+        given["anchor"] = generate_text(model, seed=seed)
+    taught = FineTuning(model, tokenizer, repeats=repeats, seed=seed, **given)
     return taught.model, taught.learn
 
 
-def run_cell(method: str, lr: float, seed: int, plan: dict[str, Any], tuning: bool) -> dict:
+def run_cell(
+    method: str, setting: dict[str, Any], seed: int, plan: dict[str, Any], tuning: bool
+) -> dict[str, Any]:
     """Read the passages with one method, then ask."""
     from nestlearn.cli.pretrained import load_pretrained
     from nestlearn.evals import knowledge as task
@@ -86,7 +101,7 @@ def run_cell(method: str, lr: float, seed: int, plan: dict[str, Any], tuning: bo
     data = data_root() / "squad_knowledge" / "squad_val.json.gz"
     passages = task.load_passages(data, plan["passages"], seed)
     other = unrelated(tokenizer, plan["unrelated_tokens"])
-    asked, learn = teacher(method, model, tokenizer, lr, plan["repeats"], seed)
+    asked, learn = teacher(method, model, tokenizer, setting, plan["repeats"], seed)
 
     def surprise(chosen: list[Any]) -> float:
         """Mean nats per token of passages, each read alone."""
@@ -108,7 +123,7 @@ def run_cell(method: str, lr: float, seed: int, plan: dict[str, Any], tuning: bo
         learning += time.perf_counter() - start
         if i % len(first) == 0 and not tuning:
             curve.append([i, surprise(first)])
-    row: dict[str, Any] = {"method": method, "lr": lr, "seed": seed, "tuning": tuning}
+    row: dict[str, Any] = {"method": method, "setting": setting, "seed": seed, "tuning": tuning}
     cloze = [(p, item) for p in passages for item in p.cloze]
     questions = [(p, item) for p in passages for item in p.questions]
     if method == "in_context":
@@ -122,6 +137,8 @@ def run_cell(method: str, lr: float, seed: int, plan: dict[str, Any], tuning: bo
     row |= {
         "perplexity_unrelated": task.perplexity(asked, other),
         "forgetting_curve_nats": curve,
+        # From right after the first tenth was read to the end of the stream.
+        "forgotten_nats": curve[-1][1] - curve[min(1, len(curve) - 1)][1],
         "cloze_items": len(cloze),
         "questions": len(questions),
         "learning_seconds": learning,
@@ -130,63 +147,117 @@ def run_cell(method: str, lr: float, seed: int, plan: dict[str, Any], tuning: bo
     return row
 
 
-def best_rate(results: Results, method: str) -> float | None:
-    """The rate with the best recall on the tuning passages."""
-    rows = [r for r in results.rows(method=method, tuning=True) if "cloze_log_prob" in r]
-    usable = [r for r in rows if isinstance(r["cloze_log_prob"], float)]
-    return max(usable, key=lambda r: r["cloze_log_prob"])["lr"] if usable else None
+def chosen(results: Results, method: str, rule: str) -> dict[str, Any] | None:
+    """The setting that a rule takes from the tuning passages; None if none is allowed."""
+    rows = [r for r in results.rows(method=method, tuning=True) if "error" not in r]
+    if rule == "careful":
+        base = results.rows(method="frozen", tuning=True)[0]["perplexity_unrelated"]
+        rows = [r for r in rows if r["perplexity_unrelated"] <= CAREFUL * base]
+    return max(rows, key=lambda r: r["cloze_log_prob"])["setting"] if rows else None
 
 
-def summarise(results: Results, methods: list[str]) -> dict[str, Any]:
-    """Means over seeds."""
+def finals(results: Results, method: str, rule: str) -> list[dict[str, Any]]:
+    """The rows of the final passages of the setting that a rule takes."""
+    setting = chosen(results, method, rule)
+    rows = results.rows(method=method, tuning=False, setting=setting)
+    return [r for r in rows if "error" not in r]
+
+
+def summarise(results: Results) -> dict[str, Any]:
+    """Means over seeds, and standard deviations."""
     summary: dict[str, Any] = {}
     keys = ("cloze_accuracy", "cloze_log_prob", "questions_accuracy", "questions_log_prob",
-            "perplexity_unrelated")  # fmt: skip
-    for method in methods:
-        rows = [r for r in results.rows(method=method, tuning=False) if "error" not in r]
-        if rows:
-            summary[method] = {k: statistics.fmean(r[k] for r in rows) for k in keys}
-            spread = [r["cloze_accuracy"] for r in rows]
-            summary[method]["cloze_accuracy_sd"] = statistics.stdev(spread) if len(rows) > 1 else 0
-            summary[method] |= {"seeds": len(rows), "lr": rows[0]["lr"]}
+            "perplexity_unrelated", "forgotten_nats")  # fmt: skip
+    for rule in RULES:
+        for method in GRIDS:
+            if not results.rows(method=method, tuning=True):
+                continue
+            rows = finals(results, method, rule)
+            if not rows:
+                continue
+            entry = summary[f"{method}, {rule}"] = {
+                k: statistics.fmean(r[k] for r in rows) for k in keys
+            }
+            for k in ("cloze_accuracy", "perplexity_unrelated"):
+                entry[f"{k}_sd"] = statistics.stdev([r[k] for r in rows]) if len(rows) > 1 else 0.0
+            entry |= {"seeds": len(rows), "setting": rows[0]["setting"]}
     return summary
 
 
-def plot(results: Results, methods: list[str], path: Path) -> None:
-    """Recall against damage, and forgetting curves."""
+def plot(results: Results, path: Path) -> None:
+    """Recall against damage (all points of the grids, and the final passages), forgetting."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
-    for method in methods:
-        rows = [r for r in results.rows(method=method, tuning=False) if "error" not in r]
-        if not rows or method == "in_context":
-            continue
-        damage = [r["perplexity_unrelated"] for r in rows]
-        left.scatter(damage, [r["cloze_accuracy"] for r in rows], label=method)
-        curves = [r["forgetting_curve_nats"] for r in rows]
-        means = [statistics.fmean(c[i][1] for c in curves) for i in range(len(curves[0]))]
-        right.plot([p for p, _ in curves[0]], means, label=method)
-    left.set(xlabel="perplexity of unrelated text", ylabel="cloze accuracy")
-    right.set(xlabel="passages read", ylabel="nats per token of the first tenth")
-    left.legend()
+    figure, (first, left, right) = plt.subplots(1, 3, figsize=(16, 4.5))
+    base = results.rows(method="frozen", tuning=True)[0]["perplexity_unrelated"]
+    for i, method in enumerate(m for m in GRIDS if m not in ("frozen", "in_context")):
+        color = f"C{i}"
+        tuned = [r for r in results.rows(method=method, tuning=True) if "error" not in r]
+        points = sorted((100 * (r["perplexity_unrelated"] / base - 1), r["cloze_log_prob"])
+                        for r in tuned)  # fmt: skip
+        if points:
+            first.plot(*zip(*points, strict=True), "o-", color=color, label=method)
+        for rule, mark in (("careful", "o"), ("recall", "^")):
+            rows = finals(results, method, rule) if tuned else []
+            if rows:
+                left.scatter([r["perplexity_unrelated"] for r in rows],
+                             [r["cloze_accuracy"] for r in rows], color=color, marker=mark,
+                             label=f"{method}, {rule}")  # fmt: skip
+                curves = [r["forgetting_curve_nats"] for r in rows]
+                means = [statistics.fmean(c[k][1] for c in curves) for k in range(len(curves[0]))]
+                right.plot([p for p, _ in curves[0]], means, "-" if rule == "careful" else "--",
+                           color=color, label=f"{method}, {rule}")  # fmt: skip
+    first.set(xlabel="perplexity of unrelated text, % above the base model", xlim=(-5, 60),
+              ylabel="cloze log-probability", title="tuning passages, every setting")  # fmt: skip
+    left.set(xlabel="perplexity of unrelated text", ylabel="cloze accuracy", title="final passages")
+    right.set(xlabel="passages read", ylabel="nats per token of the first tenth",
+              title="forgetting curve")  # fmt: skip
+    for axes in (first, left, right):
+        axes.legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 
 
+def run(results: Results, cells: dict[str, tuple], plan: dict[str, Any], jobs: int) -> None:
+    """Measure the cells that are missing."""
+
+    def done(cell: str, row: dict[str, Any]) -> None:
+        results.add(cell, row)
+        said = row.get("error") or (
+            f"cloze {row['cloze_accuracy']:.3f} ({row['cloze_log_prob']:.3f}), unrelated "
+            f"{row['perplexity_unrelated']:.3f}, {row['seconds']:.0f} s"
+        )
+        print(f"  {cell}: {said}", file=sys.stderr, flush=True)
+
+    missing = {
+        name: (method, setting, seed, plan, tuning)
+        for name, (method, setting, seed, tuning) in cells.items()
+        if not results.done(name)
+    }
+    in_parallel(run_cell, missing, jobs, done)
+
+
+def named(setting: dict[str, Any]) -> str:
+    """A setting as part of a cell's name."""
+    return " ".join(f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}"
+                    for k, v in setting.items()) or "-"  # fmt: skip
+
+
 def main() -> None:
     """Tune, run, print and store."""
-    parser = arguments(__doc__, "knowledge")
+    parser = arguments(__doc__, "knowledge", threads=1)
     parser.add_argument("--model", required=True, help="folder, .gguf file or hub id")
-    parser.add_argument("--methods", nargs="*", default=list(GRIDS))
+    parser.add_argument("--methods", nargs="*", default=list(GRIDS), choices=list(GRIDS))
+    parser.add_argument("--rules", nargs="*", default=list(RULES), choices=RULES)
     parser.add_argument("--passages", type=int, default=100)
     parser.add_argument("--repeats", type=int, default=4, help="gradient steps per document")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--jobs", type=int, default=2, help="cells at a time, one thread each")
     parser.add_argument("--tune-only", action="store_true")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
     passages = 4 if args.quick else args.passages
     tokens = 2048 if args.quick else 16_384
     results = Results(
@@ -195,50 +266,45 @@ def main() -> None:
         settings={"passages": passages, "repeats": args.repeats, "unrelated_tokens": tokens,
                   "model": Path(args.model).name, "tuning_passages": TUNING_PASSAGES},
         seeds=list(range(args.seeds)),
-        threads=args.threads,
+        threads=1,
         fresh=args.fresh,
     )  # fmt: skip
     plan = {"repeats": args.repeats, "unrelated_tokens": tokens, "model_path": args.model}
-
-    def run(cell: str, method: str, lr: float, seed: int, tuning: bool) -> None:
-        if results.done(cell):
-            return
-        count = min(passages, TUNING_PASSAGES) if tuning else passages
-        row = run_cell(method, lr, seed, plan | {"passages": count}, tuning)
-        results.add(cell, row)
-        print(
-            f"  {cell}: cloze {row['cloze_accuracy']:.3f} ({row['cloze_log_prob']:.3f}), unrelated "
-            f"{row['perplexity_unrelated']:.3f}, {row['seconds']:.0f} s",
-            file=sys.stderr, flush=True,
-        )  # fmt: skip
-
-    for method in args.methods:
-        grid = GRIDS[method]
-        for lr in grid:
-            run(f"tune/{method}/{lr:g}", method, lr, TUNING_SEED, True)
+    methods = ["frozen", *(m for m in args.methods if m != "frozen")]
+    cells = {
+        f"tune/{method}/{named(setting)}": (method, setting, TUNING_SEED, True)
+        for method in methods
+        for setting in (GRIDS[method][:1] if args.quick else GRIDS[method])
+    }
+    run(results, cells, plan | {"passages": min(passages, TUNING_PASSAGES)}, args.jobs)
     if not args.tune_only:
-        for seed in range(args.seeds):
-            for method in args.methods:
-                lr = best_rate(results, method)
-                assert lr is not None
-                run(f"final/{method}/seed{seed}", method, lr, seed, False)
-    summary = summarise(results, list(GRIDS))
+        cells = {
+            f"final/{method}/{named(setting)}/seed{seed}": (method, setting, seed, False)
+            for seed in range(args.seeds)
+            for rule in args.rules
+            for method in methods
+            if (setting := chosen(results, method, rule)) is not None
+        }
+        run(results, cells, plan | {"passages": passages}, args.jobs)
+    summary = summarise(results)
     results.summarise(summary)
     if summary:
-        plot(results, list(summary), out_path(args).with_suffix(".png"))
-        columns = ("method", "cloze", "log-prob", "questions", "log-prob", "unrelated", "lr", "n")
+        plot(results, out_path(args).with_suffix(".png"))
+        columns = ("method, rule", "cloze", "log-prob", "questions", "log-prob", "unrelated",
+                   "forgotten", "setting", "n")  # fmt: skip
         rows = [
             (m, s["cloze_accuracy"], s["cloze_log_prob"], s["questions_accuracy"],
-             s["questions_log_prob"], s["perplexity_unrelated"], s["lr"], s["seeds"])
+             s["questions_log_prob"], s["perplexity_unrelated"], s["forgotten_nats"],
+             named(s["setting"]), s["seeds"])
             for m, s in summary.items()
         ]  # fmt: skip
         table("Closed-book recall and damage", columns, rows)
-    tuned = [r for r in results.rows(tuning=True) if math.isfinite(r.get("lr", math.nan))]
+    tuned = [r for r in results.rows(tuning=True) if "error" not in r]
     table(
         "Tuning passages",
-        ("method", "lr", "cloze", "log-prob", "unrelated"),
+        ("method", "setting", "cloze", "log-prob", "unrelated"),
         [
-            (r["method"], r["lr"], r["cloze_accuracy"], r["cloze_log_prob"],
+            (r["method"], named(r["setting"]), r["cloze_accuracy"], r["cloze_log_prob"],
              r["perplexity_unrelated"])
             for r in tuned
         ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -132,7 +133,7 @@ class Adaptation:
 
     # -- memories -----------------------------------------------------------------------------
 
-    @property
+    @functools.cached_property
     def layout(self) -> Layout:
         """What memories of this model must fit."""
         shapes = {name: tuple(t.weight.shape) for name, t in self.targets.items()}
