@@ -63,7 +63,7 @@ class FineTuning:
         self.weights = [p for p in self.model.parameters() if p.requires_grad]
         self.copies = [p.detach().float().clone() for p in self.weights]
         self.optimizer = torch.optim.AdamW(
-            self.copies, lr=lr, betas=(0.9, 0.99), weight_decay=0.0, foreach=True
+            self.copies, lr=lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True
         )
         self._random = random.Random(seed)
         self._read: list[Tensor] = []
