@@ -74,7 +74,9 @@ def teacher(
     if method in ("frozen", "in_context"):
         return model, lambda text: None
     if method.startswith("nestlearn") or method == "placement":
-        levels = [nl.Level(period=p) for p in setting.get("periods", (64, 512, 4096))]
+        periods = setting.get("periods", (64, 512, 4096))
+        scales = setting.get("scales", [1.0] * len(periods))
+        levels = [nl.Level(period=p, lr_scale=s) for p, s in zip(periods, scales, strict=True)]
         kind = setting.get("method", "added")
         nl.adapt(model, levels, frozen=0.5, method=kind, seed=seed)
         learner = nl.Learner(
