@@ -16,11 +16,19 @@ from nestlearn.adaptation.fingerprint import fingerprint
 from nestlearn.adaptation.keys import calibrated_keys, generate_text, preconditioners
 from nestlearn.adaptation.memory import Layout, Memory, level_name
 from nestlearn.adaptation.reader import reading
-from nestlearn.adaptation.sites import Site, find_sites, linear_shape
+from nestlearn.adaptation.readout import (
+    RANK,
+    TARGET,
+    Readout,
+    ReadoutRows,
+    attach_readout,
+    readout_prior,
+)
+from nestlearn.adaptation.sites import Site, contiguous_head, find_sites, linear_shape
 from nestlearn.levels.clock import NEVER
 from nestlearn.levels.level import Level
 
-METHODS = ("added", "placement")
+METHODS = ("added", "placement", "readout")
 PERIODS = (64, 512, 4096)
 """Periods of the default levels, in tokens."""
 
@@ -31,7 +39,7 @@ class Adaptation:
     """What `adapt` did to a model; found again with `adaptation_of`.
 
     Attributes:
-        method: ``"added"`` or ``"placement"``.
+        method: ``"added"``, ``"placement"`` or ``"readout"``.
         levels: fastest first.
         sites: the blocks that learn.
         frozen_sites: the blocks that do not.
@@ -40,6 +48,7 @@ class Adaptation:
         calibration, seed: what keys and preconditioners are fitted to.
         active: whether added memories take part in the forward pass.
         in_rows: what `rows` adds to each target's output, while it is in force.
+        readout: the memory at the model's end, if that is the method.
     """
 
     def __init__(
@@ -60,7 +69,8 @@ class Adaptation:
         self.sites, self.frozen_sites, self.keys = sites, frozen_sites, keys
         self.targets: dict[str, Target] = {}
         self.active = True
-        self.in_rows: dict[str, Rows] | None = None
+        self.in_rows: dict[str, Rows | ReadoutRows] | None = None
+        self.readout: Readout
         self._hooks: list[Any] = []
         every = (*sites, *frozen_sites)
         self.base = fingerprint(
@@ -72,8 +82,8 @@ class Adaptation:
         self._required = {p: p.requires_grad for p in model.parameters()}
         for p in self._required:
             p.requires_grad_(False)
-        attach = self._attach_added if method == "added" else self._attach_placement
-        attach(model)
+        getattr(self, f"_attach_{method}")(model)
+        self._hooks.append(contiguous_head(model))
 
     # -- attaching ----------------------------------------------------------------------------
 
@@ -98,6 +108,11 @@ class Adaptation:
                 base = weight.detach().clone()
                 self.targets[name] = Target(weight, base, (level_name(level),), module)
                 self._hooks.append(module.register_forward_hook(Hook(self, name)))
+
+    def _attach_readout(self, model: nn.Module) -> None:
+        names = tuple(level_name(level) for level in self.levels)
+        self.readout, body, self._hooks = attach_readout(self, model)
+        self.targets[TARGET] = Target(self.readout.sums, None, names, body)
 
     def remove(self) -> None:
         """Take everything off; the base weights are back, bit for bit."""
@@ -186,7 +201,12 @@ class Adaptation:
             same = memory and dataclasses.replace(memory.layout, keys=layout.keys)
             if same and (why := layout.difference(same)) is not None:
                 raise ValueError(f"memory {i} does not fit this model: {why}")
-        stacked = {n: stack_rows(n, t, memories) for n, t in self.targets.items()}
+        stacked: dict[str, Rows | ReadoutRows] = {}
+        for name, target in self.targets.items():
+            own = self.method == "readout"
+            stacked[name] = (
+                ReadoutRows(self.readout, memories) if own else stack_rows(name, target, memories)
+            )
         before, self.in_rows = self.in_rows, stacked
         try:
             with self.inactive():
@@ -200,7 +220,7 @@ def adapt(
     levels: Sequence[Level] | None = None,
     *,
     method: str = "added",
-    rank: int = 256,
+    rank: int | None = None,
     frozen: float = 0.0,
     sites: Sequence[str] | None = None,
     calibration: Tensor | str | None = "generate",
@@ -217,12 +237,16 @@ def adapt(
       work; V is the sum of what the levels learned. Memory files are small.
     - ``method="placement"`` (the paper's §7.3): the MLPs themselves are the levels, shared out by
       depth, the fastest next to the output. No new parameters, large memory files.
+    - ``method="readout"``: one memory at the model's end, whose values are the exact least-squares
+      solution of everything learned, in any order (`nestlearn.adaptation.readout`). Made for
+      examples, above all for classes that come one after the other; no backward passes.
 
     Args:
         model: a decoder-only causal language model.
-        levels: their periods are counted in tokens; default 64, 512 and 4,096.
+        levels: their periods are counted in tokens; default 64, 512 and 4,096, and one of period
+            1 for a readout (where the fastest is written, and slower ones take over from it).
         method: see above.
-        rank: keys per added memory, r.
+        rank: keys per added memory, r (default 256); numbers in a readout's key (default 3,072).
         frozen: share of the blocks, from the input up, that learn nothing. No backward work is
             done in them.
         sites: paths of the MLPs' last linear maps, where the structure is not recognised.
@@ -245,11 +269,14 @@ def adapt(
         raise ValueError("the model is adapted already; nl.unadapt(model) takes the levels off")
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
-    if method == "added" and not (isinstance(rank, int) and rank >= 1):
+    if rank is None:
+        rank = RANK if method == "readout" else 256
+    if method != "placement" and not (isinstance(rank, int) and rank >= 1):
         raise ValueError(f"rank must be 1 or more, got {rank!r}")
     if not 0 <= frozen < 1:
         raise ValueError(f"frozen is a share of the blocks, 0 or more and below 1, got {frozen!r}")
-    chosen = _levels([Level(period=p) for p in PERIODS] if levels is None else levels)
+    periods = (1,) if method == "readout" else PERIODS
+    chosen = _levels([Level(period=p) for p in periods] if levels is None else levels)
     found = find_sites(model, sites)
     first = int(len(found) * frozen)
     learning = found[first:]
@@ -261,6 +288,12 @@ def adapt(
     keys = {}
     if method == "added":
         keys = _keys(model, learning, rank, calibration, seed)
+    elif method == "readout":
+        width, size = found[0].width, rank
+        keys = _calibrate(
+            model, calibration, seed,
+            lambda tokens: {TARGET: readout_prior(model, width, tokens, size)},
+        )  # fmt: skip
     handle = Adaptation(model, method, chosen, learning, found[:first], keys, calibration, seed)
     setattr(model, _HANDLE, handle)
     return model
@@ -292,6 +325,8 @@ def adapt_to(
             raise
         found = find_sites(model, list(layout.shapes))
     names = set(layout.shapes)
+    if layout.method == "readout":
+        names = {site.output for site in found}
     learning = tuple(s for s in found if names & {s.output, *s.linears})
     frozen = tuple(s for s in found if s not in learning)
     missing = names - {n for s in learning for n in s.linears}

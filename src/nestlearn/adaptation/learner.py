@@ -15,11 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from nestlearn.adaptation.attach import Adaptation, adaptation_of
-from nestlearn.adaptation.documents import Documents, documents_of, token_pieces
+from nestlearn.adaptation.documents import Documents, documents_of
+from nestlearn.adaptation.examples import Batch, completion_loss
 from nestlearn.adaptation.file import Stored, read_memory, write_memory
 from nestlearn.adaptation.level_weights import LevelWeights
 from nestlearn.adaptation.memory import Memory, level_name
-from nestlearn.adaptation.reader import Reader, reading, segments
+from nestlearn.adaptation.reader import Reader, Segment, reading, work
+from nestlearn.adaptation.readout import TARGET, Writer
 from nestlearn.levels.clock import NEVER
 from nestlearn.levels.level import Level
 from nestlearn.optim.multirate import InnerFactory
@@ -75,6 +77,14 @@ class Learner:
     Consolidation happens when the slower level l+1 is due; it moves knowledge without changing
     what the model computes. Retention pulls a level to the slower ones.
 
+    Examples (a prompt and its completion) are learned in batches, in the order they come; only the
+    tokens of completions are learned and counted by the clocks.
+
+    A model adapted with ``method="readout"`` has no gradients: what is read is added to sums, and
+    the memory is their exact solution (`nestlearn.adaptation.readout`). ``lr``, ``optimizer``,
+    ``repeats``, ``clip`` and ``precondition`` do nothing there, and losses are those of a model that
+    knows what it knew when `learn` began.
+
     Args:
         model: an adapted model, see `nestlearn.adapt`.
         tokenizer: the model's tokenizer.
@@ -86,6 +96,7 @@ class Learner:
         precondition: turn gradients of added memories away from what the model needs for other
             text (see `nestlearn.adaptation.keys.preconditioners`; some seconds before the first
             segment). Without it learning is plain, and other text suffers more.
+        batch: examples learned together.
         context: tokens a segment sees at most, itself included (default: 1,024, or the model's
             own limit).
         snapshots: how many earlier states are kept to `undo` to; one is made per `learn`.
@@ -110,6 +121,7 @@ class Learner:
         repeats: int = 1,
         clip: float = 1.0,
         precondition: bool = True,
+        batch: int = 16,
         context: int | None = None,
         snapshots: int = 3,
         memory: Memory | None = None,
@@ -119,14 +131,22 @@ class Learner:
         for name, value in (("lr", lr), ("clip", clip)):
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"{name} must be 0 or more and finite, got {value!r}")
-        for name, count in (("repeats", repeats), ("snapshots", snapshots)):
-            if not isinstance(count, int) or count < (name == "repeats"):
-                raise ValueError(f"{name} must be {int(name == 'repeats')} or more, got {count!r}")
+        for name, count in (("repeats", repeats), ("batch", batch), ("snapshots", snapshots)):
+            least = int(name != "snapshots")
+            if not isinstance(count, int) or count < least:
+                raise ValueError(f"{name} must be {least} or more, got {count!r}")
         self.precondition = precondition
         self.lr, self.repeats, self.clip, self.keep = lr, repeats, clip, snapshots
+        self.batch = batch
         self._factory = _factories(optimizer)
         self.segment = min(lv.period for lv in self.levels if lv.period != NEVER)
         self.limit = _limit(model)
+        self._writer: Writer | None = None
+        if self._handle.method == "readout":
+            self._writer = Writer(model, self._handle.readout)
+            self._factory, self.lr = None, 1.0
+            # Sums are the same however the text is cut.
+            self.segment = min(max(self.segment, 256), self.limit if context is None else context)
         self.context = _context(self.limit, context, self.segment)
         self.frozen = False
         self.use(self._handle.new_memory(_name_of(model)) if memory is None else memory)
@@ -206,8 +226,9 @@ class Learner:
         """Read documents once, in order, and learn from them.
 
         Args:
-            documents: a text; a ``Path`` (file, folder, glob); a list, generator or Hugging Face
-                data set of these; see `nestlearn.adaptation.documents.documents_of`.
+            documents: a text; a ``Path`` (file, folder, glob); an example
+                ``{"prompt": ..., "completion": ...}``; a list, generator or Hugging Face data set
+                of these; see `nestlearn.adaptation.documents.documents_of`.
             text_column: column of rows that holds the text.
             label: name of the snapshot made before.
             progress: called after every segment with what was done so far.
@@ -225,21 +246,21 @@ class Learner:
         if self.keep:
             self._memory.snapshot(label or "before learning", self.keep)
         reader = Reader(self.model, self.context)
-        pieces = token_pieces(documents_of(documents, text_column), self.tokenizer)
         try:
             with reading(self.model):
-                for ids, begins in segments(pieces, self.segment):
+                for item in self._work(documents, text_column, self.segment):
                     if stop():
                         done.stopped = True
                         break
-                    if begins:
+                    begun = item.begun
+                    done.documents += begun
+                    self._count("documents", begun)
+                    if begun and not isinstance(item, Batch):
                         reader.begin()
-                        done.documents += 1
-                        self._count("documents", 1)
-                    if len(ids) < 2:
+                    tokens = item.tokens
+                    if not tokens:
                         continue
-                    tokens = len(ids) - 1
-                    loss = self._segment(reader, torch.tensor([ids], device=self.device))
+                    loss = self._learn(reader, item)
                     if loss is None:
                         done.skipped += 1
                         self._count("skipped", 1)
@@ -277,30 +298,62 @@ class Learner:
         """
         reader = Reader(self.model, self.context)
         total, tokens = 0.0, 0
-        pieces = token_pieces(documents_of(documents, text_column), self.tokenizer)
         with reading(self.model):
-            for ids, begins in segments(pieces, min(512, self.context)):
-                if begins:
-                    reader.begin()
-                if len(ids) < 2:
+            for item in self._work(documents, text_column, min(512, self.context)):
+                if not item.tokens:
                     continue
-                row = torch.tensor([ids], device=self.device)
-                loss, cache = reader.loss(row)
-                reader.keep(cache, row)
-                total += loss.item() * (len(ids) - 1)
-                tokens += len(ids) - 1
+                if isinstance(item, Batch):
+                    loss = completion_loss(self.model, item.to(self.device))
+                else:
+                    if item.begun:
+                        reader.begin()
+                    row = item.row(self.device)
+                    loss, cache = reader.loss(row)
+                    reader.keep(cache, row)
+                total += loss.item() * item.tokens
+                tokens += item.tokens
         if not tokens:
             raise ValueError("there is nothing to evaluate: the documents hold no text")
         mean = total / tokens
         return {"tokens": tokens, "loss": mean, "perplexity": math.exp(min(mean, 700))}
 
-    def _segment(self, reader: Reader, ids: Tensor) -> float | None:
-        """Learn one segment ``(1, n + 1)``; its loss when first read, None if not finite."""
+    def _work(self, documents: Documents, text_column: str, length: int) -> Any:
+        found = documents_of(documents, text_column)
+        return work(found, self.tokenizer, length, self.batch, self.context)
+
+    def _learn(self, reader: Reader, item: Segment | Batch) -> float | None:
+        """Learn a segment or batch; its loss when first read, None if not finite."""
+        cache: Any = None
+        if isinstance(item, Batch):
+            moved = item.to(self.device)
+
+            def compute() -> Tensor:
+                return completion_loss(self.model, moved)
+        else:
+            row = item.row(self.device)
+
+            def compute() -> Tensor:
+                nonlocal cache
+                loss, cache = reader.loss(row)
+                return loss
+
+        if self._writer is not None:
+            first = self._write(compute, item)
+        else:
+            first = self._descend(compute, item.tokens)
+        if first is None:
+            return None
+        if not isinstance(item, Batch):
+            reader.keep(cache, row)
+        self._observe(first, item.tokens)
+        return first
+
+    def _descend(self, compute: Callable[[], Tensor], tokens: int) -> float | None:
+        """Gradient steps on a loss."""
         first = None
-        tokens = ids.shape[1] - 1
         with torch.enable_grad():
             for _ in range(self.repeats):
-                loss, cache = reader.loss(ids)
+                loss = compute()
                 value = loss.item()
                 if not math.isfinite(value):
                     return None
@@ -310,8 +363,19 @@ class Learner:
                 if not self._update(grads, tokens):
                     return None
                 del loss
-        reader.keep(cache, ids)
-        self._observe(first or 0.0, tokens)
+        return first
+
+    @torch.no_grad()
+    def _write(self, compute: Callable[[], Tensor], item: Segment | Batch) -> float | None:
+        """Add what is read to the sums of an exact memory."""
+        assert self._writer is not None
+        with self._handle.readout.watching():
+            first: float = compute().item()
+            key, tokens = item.pick(self._handle.readout.parts)
+            sums = self._writer.sums(self._handle.readout.make_key(key), tokens.to(self.device))
+        if not (math.isfinite(first) and torch.isfinite(sums).all()):
+            return None
+        self._weights.update({TARGET: -sums}, item.tokens)
         return first
 
     @torch.no_grad()

@@ -24,7 +24,9 @@ class LevelWeights:
     Args:
         handle: the adapted model.
         memory: its changes are learned further; targets it lacks are added as zeros.
-        factory: inner optimizer, or one by level name, as for `MultiRate`.
+        factory: inner optimizer, or one by level name, as for `MultiRate`. None: what is handed to
+            `update` is subtracted as it is, from the fastest level that learns alone (sums, of
+            which slower levels take their share).
         lr: of a level whose ``lr_scale`` is 1.
 
     Attributes:
@@ -39,10 +41,10 @@ class LevelWeights:
         self,
         handle: Adaptation,
         memory: Memory,
-        factory: InnerFactory | Mapping[str, InnerFactory],
+        factory: InnerFactory | Mapping[str, InnerFactory] | None,
         lr: float,
     ) -> None:
-        self._handle = handle
+        self._handle, self._sums = handle, factory is None
         self.parameters: dict[str, dict[str, nn.Parameter]] = {}
         groups = []
         for level in handle.levels:
@@ -67,7 +69,11 @@ class LevelWeights:
                     "lr": lr * level.lr_scale,
                 }
             )
-        self.optimizer = MultiRate(groups, factory, accumulate="mean")
+        self.optimizer = (
+            MultiRate(groups, torch.optim.SGD, accumulate="sum")
+            if factory is None
+            else MultiRate(groups, factory, accumulate="mean")
+        )
         if memory.optimizer is not None:
             self._load(memory.optimizer)
 
@@ -79,9 +85,9 @@ class LevelWeights:
         Returns:
             names of the levels that were updated.
         """
-        for own in self.parameters.values():
+        for i, own in enumerate(self.parameters.values()):
             for target, parameter in own.items():
-                parameter.grad = gradients.get(target)
+                parameter.grad = None if i and self._sums else gradients.get(target)
         self.optimizer.step(units=tokens)
         for own in self.parameters.values():
             for parameter in own.values():
