@@ -42,8 +42,8 @@ def swap(name: str, rounds: int) -> dict[str, Any]:
     from nestlearn.cli.pretrained import load_pretrained
 
     model, tokenizer = load_pretrained(name)
-    nl.adapt(model, frozen=0.5)
-    learner = nl.Learner(model, tokenizer, snapshots=0, precondition=False)
+    nl.adapt(model)
+    learner = nl.Learner(model, tokenizer, snapshots=0)
     handle = adaptation_of(model)
     memories = []
     row: dict[str, Any] = {}
@@ -109,8 +109,8 @@ def stream(tokens: int) -> dict[str, Any]:
         vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256,
     )  # fmt: skip
-    model = nl.adapt(LlamaForCausalLM(config), rank=32)
-    learner = nl.Learner(model, Plain(), lr=1e-2, context=256)
+    model = nl.adapt(LlamaForCausalLM(config), rank=32, slots=1024)
+    learner = nl.Learner(model, Plain(), context=256)
     stop = Stop(tokens, max(1, tokens // 20))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "line.txt"

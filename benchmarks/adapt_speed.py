@@ -1,6 +1,6 @@
 """Speed of learning beside a pre-trained model: reading and learning, and generating afterwards.
 
-Side by side in one process, in turn: the learner (three levels, upper half of the blocks); a plain
+Side by side in one process, in turn: the learner (three levels, an added memory); a plain
 training loop over the same weights with one AdamW (the same segments; each alone, and with what was
 read before in the attention cache, as the learner has it; no levels, no clipping); fine-tuning of
 all weights; and ``generate`` of the base model (as loaded, and with gradients turned off, which
@@ -45,28 +45,35 @@ def document(vocabulary: int, tokens: int) -> list[int]:
     return torch.randint(vocabulary, (tokens,), generator=generator).tolist()
 
 
-def learner_trial(name: str, ids: list[int], frozen: float, context: int) -> Callable[[], None]:
-    """Read and learn the document once."""
-    import nestlearn as nl
-    from nestlearn.adaptation import adaptation_of
-
-    model = nl.adapt(load(name), frozen=frozen)
-    adaptation_of(model).preconditioners()
-    learner = nl.Learner(model, Plain(), lr=1e-6, context=context, snapshots=0)
+def learner_trial(name: str, ids: list[int]) -> Callable[[], None]:
+    """Read and learn the document once, with an empty memory: keys are written, too."""
+    learner = learner_of(load(name), len(ids))
     text = " ".join(map(str, ids))
-    return lambda: learner.learn(text) and None
+
+    def run() -> None:
+        learner.reset()
+        learner.learn(text)
+
+    return run
+
+
+def learner_of(model: Any, context: int) -> Any:
+    """A learner with three levels, one gradient step per segment."""
+    import nestlearn as nl
+
+    nl.adapt(model, calibration=None)
+    return nl.Learner(model, Plain(), lr=1e-6, repeats=1, context=context, snapshots=0)
 
 
 def plain_trial(
-    name: str, ids: list[int], frozen: float | None, context: bool = False
+    name: str, ids: list[int], memories: bool, context: bool = False
 ) -> Callable[[], None]:
-    """Train on the same segments with AdamW: the added memories, or (None) all weights."""
-    import nestlearn as nl
+    """Train on the same segments with AdamW: the values of added memories, or all weights."""
     from nestlearn.adaptation.reader import Reader
 
     model = load(name)
-    if frozen is not None:
-        nl.adapt(model, frozen=frozen, calibration=None)
+    if memories:  # with the keys that the learner would write
+        learner_of(model, len(ids)).learn(" ".join(map(str, ids)))
     weights = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=1e-7, foreach=True)
     rows = [torch.tensor([ids[i : i + SEGMENT + 1]]) for i in range(0, len(ids) - 1, SEGMENT)]
@@ -87,14 +94,14 @@ def plain_trial(
 
 def generate_trial(name: str, kind: str, tokens: int) -> Callable[[], None]:
     """Generate from a short prompt."""
-    import nestlearn as nl
     from nestlearn.adaptation import adaptation_of
 
     model = load(name)
     if kind == "frozen":
         model.requires_grad_(False)
     elif kind != "base":
-        nl.adapt(model, frozen=0.5, calibration=None)
+        ids = document(model.config.vocab_size, 513)
+        learner_of(model, 513).learn(" ".join(map(str, ids)))
     prompt: Tensor = torch.arange(5, 21)[None]
 
     def run() -> None:
@@ -147,10 +154,10 @@ def main() -> None:
     ids = document(probe.config.vocab_size, tokens + 1)
     del probe
     learn = {
-        "learn/learner": learner_trial(args.model, ids, 0.5, 512),
-        "learn/plain AdamW": plain_trial(args.model, ids, 0.5),
-        "learn/plain AdamW, context": plain_trial(args.model, ids, 0.5, True),
-        "learn/AdamW, all weights": plain_trial(args.model, ids, None),
+        "learn/learner": learner_trial(args.model, ids),
+        "learn/plain AdamW": plain_trial(args.model, ids, True),
+        "learn/plain AdamW, context": plain_trial(args.model, ids, True, True),
+        "learn/AdamW, all weights": plain_trial(args.model, ids, False),
     }
     measure(results, learn, tokens, args.rounds)
     del learn

@@ -37,7 +37,7 @@ def grid(lrs: tuple[float, ...], **more: Any) -> list[dict[str, Any]]:
 
 
 ALL_WEIGHTS = (5e-5, 1e-4, 2e-4)
-MEMORIES = (5e-4, 1e-3, 2e-3)
+MEMORIES = (0.1, 0.2, 0.4)
 GRIDS: dict[str, list[dict[str, Any]]] = {
     "naive": grid(ALL_WEIGHTS),
     "lora": grid((2.5e-4, 5e-4, 1e-3), rank=16),
@@ -45,11 +45,11 @@ GRIDS: dict[str, list[dict[str, Any]]] = {
     "replay": grid(ALL_WEIGHTS, replay=0.5),
     "nestlearn": grid(MEMORIES),
     "nestlearn_1_level": grid(MEMORIES, periods=(64,)),
-    "nestlearn_plain": grid(MEMORIES, precondition=False),
-    "placement": grid(ALL_WEIGHTS, method="placement", precondition=False),
+    "placement": grid(ALL_WEIGHTS, method="placement"),
     "frozen": [{}],
     "in_context": [{}],
 }
+SLOTS = 16_384  # about as many places as 100 passages have
 CURVE = 10  # points of the forgetting curve
 
 
@@ -78,11 +78,8 @@ def teacher(
         scales = setting.get("scales", [1.0] * len(periods))
         levels = [nl.Level(period=p, lr_scale=s) for p, s in zip(periods, scales, strict=True)]
         kind = setting.get("method", "added")
-        nl.adapt(model, levels, frozen=0.5, method=kind, seed=seed)
-        learner = nl.Learner(
-            model, tokenizer, lr=setting["lr"], repeats=repeats, snapshots=0,
-            precondition=setting.get("precondition", True),
-        )  # fmt: skip
+        nl.adapt(model, levels, method=kind, slots=SLOTS, seed=seed)
+        learner = nl.Learner(model, tokenizer, lr=setting["lr"], repeats=repeats, snapshots=0)
         return model, learner.learn
     given = {"lora" if k == "rank" else k: v for k, v in setting.items()}
     if "ewc" in given:

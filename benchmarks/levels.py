@@ -29,7 +29,7 @@ PERIODS: tuple[tuple[int, ...], ...] = (
     (64, 256, 1024, 4096),
 )
 BASE = 64  # the period that `lr` is meant for
-RATES = (5e-4, 1e-3)
+RATES = (0.1, 0.2)
 COLUMNS = ("cloze_accuracy", "cloze_log_prob", "perplexity_unrelated", "forgotten_nats")
 
 

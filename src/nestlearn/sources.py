@@ -125,8 +125,10 @@ def _is_binary(path: Path) -> bool:
 
 
 def read_documents(
-    sources: Iterable[Source], text_column: str | None = None
-) -> Iterator[tuple[str, bool]]:
+    sources: Iterable[Source],
+    text_column: str | None = None,
+    other: Callable[[dict[str, Any]], Any] | None = None,
+) -> Iterator[tuple[Any, bool]]:
     """Pieces of text in order; the flag says that a document ends with this piece.
 
     A text file is one document (large ones come in several pieces, cut after a line); a row of
@@ -135,6 +137,7 @@ def read_documents(
     Args:
         sources: see `find_sources`.
         text_column: column of the text, default ``"text"``.
+        other: what a row without that column stands for; None if for nothing.
 
     Raises:
         ValueError: a missing column (with those there are), a broken line, text that is not UTF-8.
@@ -146,6 +149,11 @@ def read_documents(
             column = text_column or "text"
             rows = _READERS[source.kind](source.name, column)
             for number, row in enumerate(rows, 1):
+                if other and isinstance(row, dict) and column not in row:
+                    found = other(row)
+                    if found is not None:
+                        yield found, True
+                        continue
                 yield _text_of(row, column, f"{source.name}, row {number}"), True
 
 

@@ -24,13 +24,15 @@ from nestlearn.adaptation.file import _digest
 from nestlearn.adaptation.operations import diff, merge, prune
 from tests.adaptation.conftest import tiny_model
 
+OTHER = "The tram to Velm leaves at six from the harbour."
 TEXT = "Irma Quell built the lighthouse of Ostrava Bay in 1893, and kept its lamp for forty years."
 
 
-def learner_of(tokenizer: Any, seed: int = 0, **settings: Any) -> Any:
+def learner_of(tokenizer: Any, seed: int = 0, slots: int = 100, **settings: Any) -> Any:
     model = tiny_model(seed=seed)
-    nl.adapt(model, [nl.Level(period=8), nl.Level(period=32, half_life=500.0)], rank=8)
-    return nl.Learner(model, tokenizer, lr=0.02, **settings)
+    levels = [nl.Level(period=8), nl.Level(period=32, half_life=500.0)]
+    nl.adapt(model, levels, rank=16, slots=slots)
+    return nl.Learner(model, tokenizer, lr=0.5, repeats=1, **settings)
 
 
 def logits(learner: Any, ids: Tensor) -> Tensor:
@@ -208,7 +210,7 @@ HOSTILE = {
     "layout is a list": _set("layout", value=[]),
     "method is a number": _set("layout", "method", value=3),
     "rank is a float": _set("layout", "rank", value=2.5),
-    "keys of another": _set("layout", "keys", value="0" * 32),
+    "keys of another": _set("layout", "fixed", value="0" * 32),
     "optimizer is a list": _set("optimizer", value=[1]),
     "optimizer names a tensor": _set("optimizer", value={"tensor": "nothing"}),
     "created is not finite": _set("created", value=float("nan")),
@@ -331,22 +333,49 @@ def test_kill_leaves_the_old_or_the_new_file(tmp_path: Path) -> None:
     assert max(seen) > 1
 
 
-def test_merge_adds_what_was_learned(tokenizer: Any, ids: Tensor) -> None:
-    first, second = learner_of(tokenizer), learner_of(tokenizer)
+def test_merge_keeps_the_pairs_of_all(tokenizer: Any, ids: Tensor) -> None:
+    first, second = (learner_of(tokenizer, slots=300) for _ in range(2))
     first.learn(TEXT)
+    first_only = first.memory.copy()
+    second.use(first.memory.copy())  # the same keys to begin with, then others
     second.learn("The harbour master of Lund sold his boat to a painter.")
-    both = merge([first.memory, second.memory], [1.0, 0.5])
-    assert both.counts["tokens"] == first.memory.counts["tokens"] + second.memory.counts["tokens"]
-    for level in both.names:
-        for name, tensor in both.changes[level].items():
-            expected = first.memory.changes[level][name] + 0.5 * second.memory.changes[level][name]
-            torch.testing.assert_close(tensor, expected)
-    third = learner_of(tokenizer)
-    third.use(both)
-    third.learn(TEXT)
-    zero = merge([first.memory, first.memory], [1.0, -1.0])
-    third.use(zero)
-    assert torch.equal(logits(third, ids), tiny_model()(ids).logits)
+    both = merge([first_only, second.memory], [1.0, 0.5])
+    assert both.counts["tokens"] == first_only.counts["tokens"] + second.memory.counts["tokens"]
+
+    def pairs(memory: Any) -> dict[bytes, Tensor]:
+        (keys,) = memory.changes["keys"].values()
+        values = torch.stack([next(iter(memory.changes[n].values())) for n in memory.names])
+        taken = keys.any(-1).nonzero()[:, 0].tolist()
+        return {keys[i].numpy().tobytes(): values[:, i] for i in taken}
+
+    a, b, c = pairs(first_only), pairs(second.memory), pairs(both)
+    assert set(a) < set(b) == set(c)
+    for key, values in c.items():
+        expected = a.get(key, torch.zeros(2, 1)) + 0.5 * b[key]
+        torch.testing.assert_close(values, expected)
+    first.use(both)
+    assert logits(first, ids).isfinite().all()
+    # More pairs than slots: the strongest stay.
+    few = learner_of(tokenizer, slots=20)
+    others = [few.memory.copy() for text in (TEXT[:30], TEXT[30:60]) if few.learn(text)]
+    few.reset()
+    few.learn(OTHER)
+    small = pairs(merge([*others, few.memory]))
+    assert len(small) <= 20 and all(set(small) - set(pairs(m)) for m in others)
+
+
+def test_diff_compares_pairs_of_the_same_key(tokenizer: Any) -> None:
+    learner = learner_of(tokenizer)
+    learner.learn(TEXT)
+    memory = learner.memory.copy()
+    moved = memory.copy()
+    order = torch.randperm(100, generator=torch.Generator().manual_seed(0))
+    for own in moved.changes.values():
+        for name, tensor in own.items():
+            own[name] = tensor[order]
+    assert all(row.distance < 1e-5 for row in diff(memory, moved))
+    learner.learn("The harbour master of Lund sold his boat to a painter.")
+    assert all(row.distance > 0.1 for row in diff(memory, learner.memory))
 
 
 def test_diff(tokenizer: Any) -> None:

@@ -38,7 +38,7 @@ def book(tmp_path: Path) -> str:
 
 
 def learn(base: str, memory: Path, *rest: str) -> int:
-    settings = ["--levels", "8", "32", "--rank", "4", "--lr", "0.01", "--repeats", "1"]
+    settings = ["--levels", "8", "32", "--slots", "64", "--lr", "0.1", "--repeats", "1"]
     return main(["learn", "--model", base, "--memory", str(memory), *settings, *rest])
 
 
@@ -122,7 +122,7 @@ def test_ctrl_c_keeps_what_was_learned(base: str, tmp_path: Path) -> None:
     memory = tmp_path / "me.nlmem"
     process = subprocess.Popen(
         [sys.executable, "-m", "nestlearn", "learn", str(long), "--model", base, "--memory",
-         str(memory), "--levels", "8", "--rank", "2", "--repeats", "1", "--save-every", "0.2"],
+         str(memory), "--levels", "8", "--slots", "32", "--repeats", "1", "--save-every", "0.2"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     deadline = time.monotonic() + 100

@@ -18,23 +18,23 @@ def test_levels_frequencies_and_costs() -> None:
     with pytest.raises(ValueError, match="not adapted"):
         nl.inspect(model)
     levels = [nl.Level(period=64), nl.Level(period=512), nl.Level(period=8, eta=0.0, name="still")]
-    nl.adapt(model, levels, rank=4, frozen=0.5)
+    nl.adapt(model, levels, rank=4, slots=10, memories=2, frozen=0.5)
     system = nl.inspect(model)
     assert [[b.name for b in level] for level in system.levels] == [
         ["pre-trained weights", "still"], ["every 512"], ["every 64"], ["attention"],
     ]  # fmt: skip
     assert system["every 64"].frequency == Fraction(1, 64)
     assert system["pre-trained weights"].parameters == (f"{count:,} numbers",)
-    numbers = 2 * 32 * 4
-    assert system.level_bytes == {"still": 0, "every 64": 12 * numbers, "every 512": 12 * numbers}
+    numbers = 2 * 32 * 10
+    assert system.level_bytes == {"still": 0, "every 64": 8 * numbers, "every 512": 8 * numbers}
     text = str(system)
-    assert "2 blocks learn, 2 do not" in text and "V of blocks 2-3, 256 numbers" in text
+    assert "2 blocks learn, 2 do not" in text and "V of blocks 2-3, 640 numbers" in text
     assert "block 3: model.layers.3.mlp.down_proj 48->32, learns" in text
     extra = sum(
         t.nbytes
         for module in model.modules()
         if type(module).__name__ == "AddedMemory"
-        for t in (module.keys, module.values)
+        for t in (module.projection, module.keys, module.values)
     )
     assert system.added_bytes == extra
 

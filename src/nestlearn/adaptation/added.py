@@ -1,4 +1,10 @@
-"""What is added to a model: memories beside its MLPs, and what a row of a batch has of its own."""
+"""What is added to a model: associative memories beside its MLPs, and rows of a batch of their own.
+
+A memory holds pairs of keys and values. The keys are written while the model reads: what an MLP's
+hidden activation looked like where something was to be learned. A value is added to the MLP's
+output wherever the activation looks alike again, and nowhere else: text that resembles nothing
+that was read is computed as before.
+"""
 
 from __future__ import annotations
 
@@ -17,39 +23,85 @@ if TYPE_CHECKING:
 
 CHILD = "nestlearn"
 """Name of an added memory within the linear map that it is beside."""
+KEYS = ".keys"
+"""Suffix of the target that a memory's keys are, beside its values."""
+NEAR = 0.6
+"""Cosine above which a key answers."""
+SAME = 0.95
+"""Cosine above which two places share a slot."""
 
 
 class AddedMemory(nn.Module):
-    """An associative memory beside the last linear map of an MLP: ``y + V K h`` (Eq. 74).
+    """An associative memory beside the last linear map of an MLP (Eq. 74).
 
-    h is the MLP's hidden activation, K are keys that stay as they are, V the values that are
-    learned: the sum of all levels' values, which share the keys.
+        k = P h / |P h|
+        a_i = max(0, cos(k, K_i) - c) / (1 - c),   a <- a / max(1, sum a)
+        y + sum_i a_i |K_i| V_i
+
+    h is the MLP's hidden activation, P a fixed map that turns down what all text has in common
+    (`nestlearn.adaptation.keys`), K_i a key that was written, V_i the value that is learned for it:
+    the sum of all levels' values, which share the keys. A key's length is the size of the MLP's
+    output where it was written, so that a value of 1 in every entry changes y by its own size.
+    A slot whose key is zero is free.
 
     Args:
-        keys: K ``(r, H)``.
+        projection: P ``(r, H)``.
+        slots: n, keys at most.
         width: D.
         like: type and device come from this weight.
     """
 
-    keys: Tensor
+    projection: Tensor
 
-    def __init__(self, keys: Tensor, width: int, like: Tensor) -> None:
+    def __init__(self, projection: Tensor, slots: int, width: int, like: Tensor) -> None:
         super().__init__()
-        # Not in the model's own files: keys belong to the memory and are stored with it.
-        self.register_buffer("keys", keys.to(like), persistent=False)
-        self.values = nn.Parameter(torch.zeros(width, len(keys)).to(like))
+        # Not in the model's own files: they belong to the memory and are stored with it.
+        self.register_buffer("projection", projection.to(like), persistent=False)
+        self.keys = nn.Parameter(torch.zeros(slots, len(projection)).to(like), requires_grad=False)
+        self.values = nn.Parameter(torch.zeros(slots, width).to(like))
+        self.prepare()
+
+    @torch.no_grad()
+    def prepare(self) -> None:
+        """To be called when the keys have changed: directions and lengths of those in use."""
+        taken = self.keys.any(-1).nonzero()
+        used = int(taken[-1]) + 1 if len(taken) else 0
+        self.directions = F.normalize(self.keys[:used], dim=-1)
+        self.lengths = self.keys[:used].norm(dim=-1)
+
+    def key(self, h: Tensor) -> Tensor:
+        """k: ``(..., H)`` to ``(..., r)``, of length 1."""
+        return F.normalize(F.linear(h, self.projection), dim=-1)
 
     def forward(self, h: Tensor) -> Tensor:
-        """``V K h``: ``(..., H)`` to ``(..., D)``."""
-        return F.linear(F.linear(h, self.keys), self.values)
+        """What is added: ``(..., H)`` to ``(..., D)``."""
+        return self.answers(self.key(h)) @ self.values[: len(self.lengths)]
+
+    def answers(self, key: Tensor) -> Tensor:
+        """``a_i |K_i|`` of the slots up to the last one in use: ``(..., r)`` to ``(..., used)``."""
+        return answers(key, self.directions, self.lengths)
+
+    def gradient(self, key: Tensor, error: Tensor) -> Tensor:
+        """``dL/dV = sum_t a(k_t) |K| (dL/dy_t)^T``: ``(N, r)`` and ``(N, D)`` to ``(n, D)``."""
+        result = torch.zeros_like(self.values, dtype=torch.float32)
+        used = self.answers(key).mT.float() @ error.float()
+        result[: len(used)] = used
+        return result
+
+
+def answers(key: Tensor, directions: Tensor, lengths: Tensor) -> Tensor:
+    """``a_i |K_i|`` for keys ``(..., r)``, directions ``(..., n, r)`` and lengths ``(..., n)``."""
+    near = ((key @ directions.mT - NEAR) / (1 - NEAR)).clamp(min=0)
+    near = near / near.sum(-1, keepdim=True).clamp(min=1)
+    return near * (lengths if lengths.ndim == 1 else lengths[:, None])
 
 
 @dataclasses.dataclass
 class Target:
-    """A weight that levels change: ``W = W_0 + sum of the levels' changes``.
+    """A tensor that memories hold changes of: ``W = W_0 + sum of the levels' changes``.
 
     Attributes:
-        weight: W, the parameter that the model computes with.
+        weight: W, what the model computes with.
         base: W_0, or None for zero.
         levels: names of the levels that change it.
         module: the linear map it belongs to.
@@ -59,6 +111,22 @@ class Target:
     base: Tensor | None
     levels: tuple[str, ...]
     module: nn.Module
+
+
+@dataclasses.dataclass
+class Seen:
+    """What passed an added memory.
+
+    Attributes:
+        key: k ``(N, r)`` of every place.
+        size: root mean square of the MLP's output.
+        answer: zeros that were added to the output, ``(..., D)``; the loss is differentiated by
+            them.
+    """
+
+    key: Tensor
+    size: float
+    answer: Tensor
 
 
 class Hook:
@@ -72,9 +140,19 @@ class Hook:
     ) -> Tensor | None:
         rows = self.handle.in_rows
         if rows is not None:
-            return output + rows[self.name](inputs[0])
+            own = rows[self.name]
+            assert isinstance(own, Rows)
+            return output + own(inputs[0])
         memory = module._modules.get(CHILD)
-        if memory is None or not self.handle.active:
+        if not isinstance(memory, AddedMemory) or not self.handle.active:
+            return None
+        if self.handle.seen is not None:
+            answer = torch.zeros_like(output, requires_grad=True)
+            size = output.detach().float().square().mean().sqrt().item()
+            key = memory.key(inputs[0].detach()).flatten(0, -2)
+            self.handle.seen[self.name] = Seen(key, size, answer)
+            output = output + answer
+        elif not self.handle.holds and not torch.is_grad_enabled():
             return None
         return output + memory(inputs[0])
 
@@ -82,8 +160,15 @@ class Hook:
 class Rows:
     """Changes of one target, a row each: ``x (B, T, in)`` to ``(B, T, out)``."""
 
-    def __init__(self, changes: Tensor, keys: Tensor | None, transposed: bool) -> None:
-        self.changes, self.keys, self.transposed = changes, keys, transposed
+    def __init__(
+        self,
+        changes: Tensor,
+        transposed: bool,
+        keys: Tensor | None = None,
+        projections: Tensor | None = None,
+    ) -> None:
+        self.changes, self.transposed = changes, transposed
+        self.keys, self.projections = keys, projections
 
     def __call__(self, x: Tensor) -> Tensor:
         flat = x if x.ndim == 3 else x.reshape(len(self.changes), -1, x.shape[-1])
@@ -91,26 +176,35 @@ class Rows:
             raise ValueError(
                 f"rows() was given {len(self.changes)} memories, the batch has {len(flat)} rows"
             )
-        if self.keys is not None:
-            flat = flat @ self.keys.mT
+        if self.keys is not None and self.projections is not None:
+            key = F.normalize(flat @ self.projections.mT, dim=-1)
+            flat = answers(key, F.normalize(self.keys, dim=-1), self.keys.norm(dim=-1))
         y = flat @ (self.changes if self.transposed else self.changes.mT)
         return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
-def stack_rows(name: str, target: Target, memories: Sequence[Memory | None]) -> Rows:
-    weight = target.weight
-    empty = torch.zeros_like(weight, requires_grad=False)
+def stack_rows(name: str, targets: dict[str, Target], memories: Sequence[Memory | None]) -> Rows:
+    """What `Rows` needs for a target, row i from the i-th memory (None: no change)."""
+    target = targets[name]
 
-    def change(memory: Memory | None) -> Tensor:
-        total = None if memory is None else memory.total(name)
-        return empty if total is None else total.to(weight)
+    def stack(part: str) -> Tensor:
+        weight = targets[part].weight
+        found = [None if m is None else m.total(part) for m in memories]
+        empty = torch.zeros_like(weight, requires_grad=False)
+        return torch.stack([empty if t is None else t.to(weight) for t in found])
 
-    keys = None
-    if target.base is None:
-        own: AddedMemory = target.module._modules[CHILD]  # type: ignore[assignment]
-        keys = torch.stack([own.keys if m is None else m.keys[name].to(weight) for m in memories])
-    transposed = target.base is not None and not isinstance(target.module, nn.Linear)
-    return Rows(torch.stack([change(m) for m in memories]), keys, transposed)
+    if CHILD not in target.module._modules:
+        return Rows(stack(name), not isinstance(target.module, nn.Linear))
+    own = memory_of(target).projection
+    projections = [own if m is None else m.fixed[name].to(own) for m in memories]
+    return Rows(stack(name), True, stack(name + KEYS), torch.stack(projections))
+
+
+def memory_of(target: Target) -> AddedMemory:
+    """The added memory that a target is part of."""
+    memory = target.module._modules[CHILD]
+    assert isinstance(memory, AddedMemory)
+    return memory
 
 
 def refresh(target: Target, changes: Sequence[Tensor]) -> None:

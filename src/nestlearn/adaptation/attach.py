@@ -11,15 +11,33 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nestlearn.adaptation.added import CHILD, AddedMemory, Hook, Rows, Target, refresh, stack_rows
+from nestlearn.adaptation.added import (
+    CHILD,
+    KEYS,
+    AddedMemory,
+    Hook,
+    Rows,
+    Seen,
+    Target,
+    memory_of,
+    refresh,
+    stack_rows,
+)
 from nestlearn.adaptation.calibration import Calibration
 from nestlearn.adaptation.fingerprint import fingerprint
-from nestlearn.adaptation.memory import Layout, Memory, level_name
-from nestlearn.adaptation.sites import Site, find_sites, linear_shape
+from nestlearn.adaptation.memory import WRITTEN, Layout, Memory, level_name
+from nestlearn.adaptation.readout import (
+    RANK,
+    TARGET,
+    Readout,
+    ReadoutRows,
+    attach_readout,
+)
+from nestlearn.adaptation.sites import Site, contiguous_head, find_sites, linear_shape
 from nestlearn.levels.clock import NEVER
 from nestlearn.levels.level import Level
 
-METHODS = ("added", "placement")
+METHODS = ("added", "placement", "readout")
 PERIODS = (64, 512, 4096)
 """Periods of the default levels, in tokens."""
 
@@ -30,16 +48,19 @@ class Adaptation:
     """What `adapt` did to a model; found again with `adaptation_of`.
 
     Attributes:
-        method: ``"added"`` or ``"placement"``.
+        method: ``"added"``, ``"placement"`` or ``"readout"``.
         levels: fastest first.
         sites: the blocks that learn.
         frozen_sites: the blocks that do not.
         targets: name -> weight that is learned.
-        keys: of added memories, float32.
+        fixed: what the memories need and never change, float32: projections of added memories.
+        slots: keys per added memory at most; 0 for other methods.
         base: fingerprint of the base model's weights.
-        calibration: what keys and preconditioners are fitted to.
         active: whether added memories take part in the forward pass.
+        holds: whether there is anything in them.
+        seen: what passes the added memories is noted here, unless it is None.
         in_rows: what `rows` adds to each target's output, while it is in force.
+        readout: the memory at the model's end, if that is the method.
     """
 
     def __init__(
@@ -49,23 +70,25 @@ class Adaptation:
         levels: tuple[Level, ...],
         sites: tuple[Site, ...],
         frozen_sites: tuple[Site, ...],
-        keys: dict[str, Tensor],
+        fixed: dict[str, Tensor],
+        slots: int,
         base: str,
-        calibration: Calibration,
     ) -> None:
         self.method, self.levels = method, levels
-        self.base, self.calibration = base, calibration
-        self._preconditioners: dict[str, Tensor] | None = None
-        self.sites, self.frozen_sites, self.keys = sites, frozen_sites, keys
+        self.base, self.slots = base, slots
+        self.sites, self.frozen_sites, self.fixed = sites, frozen_sites, fixed
         self.targets: dict[str, Target] = {}
         self.active = True
-        self.in_rows: dict[str, Rows] | None = None
+        self.holds = False
+        self.seen: dict[str, Seen] | None = None
+        self.in_rows: dict[str, Rows | ReadoutRows] | None = None
+        self.readout: Readout
         self._hooks: list[Any] = []
         self._required = {p: p.requires_grad for p in model.parameters()}
         for p in self._required:
             p.requires_grad_(False)
-        attach = self._attach_added if method == "added" else self._attach_placement
-        attach(model)
+        getattr(self, f"_attach_{method}")(model)
+        self._hooks.append(contiguous_head(model))
 
     # -- attaching ----------------------------------------------------------------------------
 
@@ -73,9 +96,11 @@ class Adaptation:
         names = tuple(level_name(level) for level in self.levels)
         for site in self.sites:
             module = model.get_submodule(site.output)
-            memory = AddedMemory(self.keys[site.output], site.width, _floating(module, site.output))
+            weight = _floating(module, site.output)
+            memory = AddedMemory(self.fixed[site.output], self.slots, site.width, weight)
             module.add_module(CHILD, memory)
             self.targets[site.output] = Target(memory.values, None, names, module)
+            self.targets[site.output + KEYS] = Target(memory.keys, None, (WRITTEN,), module)
             self._hooks.append(module.register_forward_hook(Hook(self, site.output)))
 
     def _attach_placement(self, model: nn.Module) -> None:
@@ -91,30 +116,23 @@ class Adaptation:
                 self.targets[name] = Target(weight, base, (level_name(level),), module)
                 self._hooks.append(module.register_forward_hook(Hook(self, name)))
 
+    def _attach_readout(self, model: nn.Module) -> None:
+        names = tuple(level_name(level) for level in self.levels)
+        self.readout, body, self._hooks = attach_readout(self, model)
+        self.targets[TARGET] = Target(self.readout.sums, None, names, body)
+
     def remove(self) -> None:
         """Take everything off; the base weights are back, bit for bit."""
         for hook in self._hooks:
             hook.remove()
         for target in self.targets.values():
             if target.base is None:
-                del target.module._modules[CHILD]
+                target.module._modules.pop(CHILD, None)
             else:
                 with torch.no_grad():
                     target.weight.copy_(target.base)
         for p, required in self._required.items():
             p.requires_grad_(required)
-
-    def preconditioners(self) -> dict[str, Tensor]:
-        """P^(1/2) of every added memory (`nestlearn.adaptation.keys.preconditioners`), made when
-        first asked for.
-
-        Empty for placement, and where the keys are not calibrated.
-        """
-        if self._preconditioners is None:
-            with self.inactive():
-                made = self.calibration.preconditioners() if self.method == "added" else {}
-            self._preconditioners = {n: p.to(self.targets[n].weight) for n, p in made.items()}
-        return self._preconditioners
 
     # -- memories -----------------------------------------------------------------------------
 
@@ -122,15 +140,15 @@ class Adaptation:
     def layout(self) -> Layout:
         """What memories of this model must fit."""
         shapes = {name: tuple(t.weight.shape) for name, t in self.targets.items()}
-        rank = len(next(iter(self.keys.values()))) if self.keys else 0
-        keys = fingerprint(self.keys) if self.keys else ""
-        return Layout(self.base, self.method, rank, keys, shapes)
+        rank = len(next(iter(self.fixed.values()))) if self.fixed else 0
+        fixed = fingerprint(self.fixed) if self.fixed else ""
+        return Layout(self.base, self.method, rank, fixed, shapes)
 
     def new_memory(self, model_name: str = "") -> Memory:
         """A memory in which nothing was learned yet."""
         changes: dict[str, dict[str, Tensor]] = {level_name(level): {} for level in self.levels}
-        keys = {n: k.clone() for n, k in self.keys.items()}
-        return Memory(self.layout, self.levels, keys, changes, model=model_name)
+        fixed = {n: t.clone() for n, t in self.fixed.items()}
+        return Memory(self.layout, self.levels, fixed, changes, model=model_name)
 
     @torch.no_grad()
     def show(self, memory: Memory | None) -> None:
@@ -138,6 +156,20 @@ class Adaptation:
         for name, target in self.targets.items():
             change = None if memory is None else memory.total(name)
             refresh(target, [] if change is None else [change])
+            if target.levels == (WRITTEN,):
+                memory_of(target).prepare()
+        self.holds = memory is not None and not memory.is_empty
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[dict[str, Seen]]:
+        """Within it, what passes every added memory is noted, and the output can be differentiated
+        by what the memory adds."""
+        seen: dict[str, Seen] = {}
+        self.seen = seen
+        try:
+            yield seen
+        finally:
+            self.seen = None
 
     @contextlib.contextmanager
     def inactive(self) -> Iterator[None]:
@@ -167,11 +199,16 @@ class Adaptation:
         """
         layout = self.layout
         for i, memory in enumerate(memories):
-            # Keys may differ from row to row; all else must fit.
-            same = memory and dataclasses.replace(memory.layout, keys=layout.keys)
+            # Projections may differ from row to row; all else must fit.
+            same = memory and dataclasses.replace(memory.layout, fixed=layout.fixed)
             if same and (why := layout.difference(same)) is not None:
                 raise ValueError(f"memory {i} does not fit this model: {why}")
-        stacked = {n: stack_rows(n, t, memories) for n, t in self.targets.items()}
+        stacked: dict[str, Rows | ReadoutRows] = {}
+        for name, target in self.targets.items():
+            if self.method == "readout":
+                stacked[name] = ReadoutRows(self.readout, memories)
+            elif target.levels != (WRITTEN,):
+                stacked[name] = stack_rows(name, self.targets, memories)
         before, self.in_rows = self.in_rows, stacked
         try:
             with self.inactive():
@@ -185,8 +222,10 @@ def adapt(
     levels: Sequence[Level] | None = None,
     *,
     method: str = "added",
-    rank: int = 256,
-    frozen: float = 0.0,
+    rank: int | None = None,
+    slots: int = 4096,
+    memories: int = 1,
+    frozen: float | None = None,
     sites: Sequence[str] | None = None,
     calibration: Tensor | str | None = "generate",
     seed: int = 0,
@@ -197,23 +236,31 @@ def adapt(
     usable with Trainer, peft and ``torch.compile``. Its logits are the same bits until something
     is learned, and again after `unadapt`.
 
-    - ``method="added"`` (Eq. 74, independent levels): beside every MLP a zero-initialised memory
-      ``y + V K h`` on the MLP's hidden activation h. All levels share the keys K and the memory's
-      work; V is the sum of what the levels learned. Memory files are small.
+    - ``method="added"`` (Eq. 74, independent levels): beside an MLP an associative memory of keys
+      and values (`nestlearn.adaptation.added.AddedMemory`). Keys are written where there is
+      something to learn, values are learned: V is the sum of what the levels learned, which share
+      the keys. Text that resembles nothing that was read is left alone; memory files are small.
     - ``method="placement"`` (the paper's §7.3): the MLPs themselves are the levels, shared out by
       depth, the fastest next to the output. No new parameters, large memory files.
+    - ``method="readout"``: one memory at the model's end, whose values are the exact least-squares
+      solution of everything learned, in any order (`nestlearn.adaptation.readout`). Made for
+      examples, above all for classes that come one after the other; no backward passes.
 
     Args:
         model: a decoder-only causal language model.
-        levels: their periods are counted in tokens; default 64, 512 and 4,096.
+        levels: their periods are counted in tokens; default 64, 512 and 4,096, and one of period
+            1 for a readout (where the fastest is written, and slower ones take over from it).
         method: see above.
-        rank: keys per added memory, r.
+        rank: numbers in a key, r (default 256; of a readout 3,072).
+        slots: keys per added memory. When all are taken, the weakest are overwritten.
+        memories: how many blocks get an added memory, evenly spaced from the lowest that is not
+            frozen.
         frozen: share of the blocks, from the input up, that learn nothing. No backward work is
-            done in them.
+            done in them. Default: 0.85 for added memories, 0.5 for placement.
         sites: paths of the MLPs' last linear maps, where the structure is not recognised.
-        calibration: what the added memories' keys are fitted to (see `nestlearn.adaptation.keys`):
+        calibration: what keys are fitted to (see `nestlearn.adaptation.keys`):
             ``"generate"``, a text that the model generates (some seconds); tokens ``(B, T)`` of
-            general text; or None, random keys.
+            general text; or None, random projections.
         seed: of the keys.
 
     Returns:
@@ -230,14 +277,26 @@ def adapt(
         raise ValueError("the model is adapted already; nl.unadapt(model) takes the levels off")
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
-    if method == "added" and not (isinstance(rank, int) and rank >= 1):
+    if rank is None:
+        rank = RANK if method == "readout" else 256
+    if method != "placement" and not (isinstance(rank, int) and rank >= 1):
         raise ValueError(f"rank must be 1 or more, got {rank!r}")
-    if not 0 <= frozen < 1:
+    for name, count in (("slots", slots), ("memories", memories)):
+        if method == "added" and not (isinstance(count, int) and count >= 1):
+            raise ValueError(f"{name} must be 1 or more, got {count!r}")
+    if frozen is not None and not 0 <= frozen < 1:
         raise ValueError(f"frozen is a share of the blocks, 0 or more and below 1, got {frozen!r}")
-    chosen = _levels([Level(period=p) for p in PERIODS] if levels is None else levels)
+    periods = (1,) if method == "readout" else PERIODS
+    chosen = _levels([Level(period=p) for p in periods] if levels is None else levels)
     found = find_sites(model, sites)
-    first = int(len(found) * frozen)
+    first = _first(len(found), method, frozen, len(chosen))
     learning = found[first:]
+    if method == "added":
+        if memories > len(learning):
+            raise ValueError(
+                f"{memories} memories do not fit beside {len(learning)} blocks; freeze less"
+            )
+        learning = tuple(learning[i * len(learning) // memories] for i in range(memories))
     if method == "placement" and len(chosen) > len(learning):
         raise ValueError(
             f"{len(chosen)} levels cannot be placed on {len(learning)} blocks; use fewer levels or "
@@ -245,21 +304,24 @@ def adapt(
         )
     base = _fingerprint(model, found)
     fitted = Calibration(model, learning, base, calibration)
-    keys = fitted.keys(rank, seed) if method == "added" else {}
-    handle = Adaptation(model, method, chosen, learning, found[:first], keys, base, fitted)
+    fixed = {}
+    if method == "added":
+        fixed = fitted.projections(rank, seed)
+    elif method == "readout":
+        fixed = fitted.readout(rank)
+    others = tuple(site for site in found if site not in learning)
+    size = slots if method == "added" else 0
+    handle = Adaptation(model, method, chosen, learning, others, fixed, size, base)
     setattr(model, _HANDLE, handle)
     return model
 
 
-def adapt_to(
-    model: nn.Module, memory: Memory, calibration: Tensor | str | None = "generate"
-) -> Any:
+def adapt_to(model: nn.Module, memory: Memory) -> Any:
     """Adapt a model as a memory needs it: its method, levels, blocks and keys.
 
     Args:
         model: the memory's base model, not adapted.
         memory: see `nestlearn.adaptation.read_memory`.
-        calibration: as for `adapt`; used when learning goes on, not for loading.
 
     Returns:
         ``model``, still computing what it did; `nestlearn.Learner` takes the memory.
@@ -275,8 +337,10 @@ def adapt_to(
     except ValueError:
         if layout.method != "added":
             raise
-        found = find_sites(model, list(layout.shapes))
-    names = set(layout.shapes)
+        found = find_sites(model, [n for n in layout.shapes if not n.endswith(KEYS)])
+    names = {name for name in layout.shapes if not name.endswith(KEYS)}
+    if layout.method == "readout":
+        names = {site.output for site in found}
     learning = tuple(s for s in found if names & {s.output, *s.linears})
     frozen = tuple(s for s in found if s not in learning)
     missing = names - {n for s in learning for n in s.linears}
@@ -286,9 +350,9 @@ def adapt_to(
             f"{sorted(missing)[0] if missing else 'blocks to learn'}: another base model"
         )
     base = _fingerprint(model, found)
-    fitted = Calibration(model, learning, base, calibration)
+    slots = next(iter(layout.shapes.values()))[0] if layout.method == "added" else 0
     handle = Adaptation(
-        model, layout.method, memory.levels, learning, frozen, memory.keys, base, fitted
+        model, layout.method, memory.levels, learning, frozen, memory.fixed, slots, base
     )
     why = handle.layout.difference(layout)
     if why is not None:
@@ -325,11 +389,21 @@ def _holders(model: nn.Module) -> list[nn.Module]:
     return [m for m in model.modules() if _HANDLE in m.__dict__]
 
 
+def _first(blocks: int, method: str, frozen: float | None, levels: int) -> int:
+    """The lowest block that learns."""
+    if frozen is not None:
+        return int(blocks * frozen)
+    share, least = {"added": (0.85, 2), "placement": (0.5, levels)}.get(method, (0.0, 0))
+    return max(0, min(int(blocks * share), blocks - least))
+
+
 def _levels(levels: Sequence[Level]) -> tuple[Level, ...]:
     if not levels or not all(isinstance(level, Level) for level in levels):
         raise ValueError("levels must be a list of nl.Level, e.g. [nl.Level(period=64)]")
     chosen = sorted((level.with_error("online") for level in levels), key=lambda lv: lv.period)
     names = [level_name(level) for level in chosen]
+    if WRITTEN in names:
+        raise ValueError(f"a level cannot be named {WRITTEN!r}; choose another name")
     if len(set(names)) != len(names):
         raise ValueError(f"levels must have different names or periods, got {names}")
     if chosen[0].period == NEVER:

@@ -1,7 +1,7 @@
-"""What added memories know of a model beforehand: a general text, and what is fitted to it.
+"""What memories know of a model beforehand: a general text, and what is fitted to it.
 
-Generating the text and measuring the model on it takes some seconds; what came out is kept in a
-file per base model (`nestlearn.files.cache_folder`), so that only the first time costs them.
+The text is what the model itself generates. That takes some seconds, so it is kept in a file per
+base model (`nestlearn.files.cache_folder`).
 """
 
 from __future__ import annotations
@@ -9,105 +9,94 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from nestlearn.adaptation.keys import (
-    LENGTH,
-    ROWS,
-    calibrated_keys,
-    generate_text,
-    preconditioners,
-)
+from nestlearn.adaptation.keys import LENGTH, ROWS, generate_text, projections
 from nestlearn.adaptation.reader import reading
+from nestlearn.adaptation.readout import TARGET, readout_prior
 from nestlearn.adaptation.sites import Site
 from nestlearn.files import cache_folder, save_tensors
 
-VERSION = 1
-"""Changes whenever the same text would give other preconditioners."""
-SMALLEST, LARGEST = 1 << 20, 1 << 28  # bytes of a file that is worth keeping
+SMALLEST = 1 << 20  # numbers of a model whose text is worth keeping
 
 
 class Calibration:
-    """A general text of a model, and the keys and preconditioners that are fitted to it.
+    """A general text of a model, and what is fitted to it.
 
     Args:
-        model: a causal language model; used while nothing that was learned is active.
-        sites: where memories are.
+        model: a causal language model without memories.
+        sites: where memories will be.
         base: fingerprint of the model's weights.
         given: ``"generate"``, a text that the model generates; tokens ``(B, T)`` of general text;
-            or None: random keys and plain gradients.
+            or None: nothing is fitted.
 
     Raises:
         ValueError: another ``given``.
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        sites: Sequence[Site],
-        base: str,
-        given: Tensor | str | None,
+        self, model: nn.Module, sites: Sequence[Site], base: str, given: Tensor | str | None
     ) -> None:
         if isinstance(given, str) and given != "generate":
             raise ValueError(
                 f"calibration must be 'generate', tokens (B, T) or None, got {given!r}"
             )
-        self._model, self._sites, self._base = model, tuple(sites), base
-        self._given = given
+        self._model, self._sites = model, tuple(sites)
         self._text = given if isinstance(given, Tensor) else None
+        if isinstance(given, str):
+            with reading(model):
+                self._text = general_text(model, base)
 
-    def text(self) -> Tensor | None:
-        """The general text ``(B, T)``, generated when first asked for."""
-        if self._text is None and self._given is not None:
-            with reading(self._model):
-                self._text = generate_text(self._model)
-        return self._text
-
-    def keys(self, rank: int, seed: int = 0) -> dict[str, Tensor]:
-        """Keys ``(rank, H)`` of every site, drawn with ``seed``."""
-        tokens = self.text()
+    def projections(self, rank: int, seed: int = 0) -> dict[str, Tensor]:
+        """P ``(rank, H)`` of every site, drawn with ``seed``."""
         with reading(self._model):
-            return calibrated_keys(self._model, self._sites, tokens, rank, seed)
+            return projections(self._model, self._sites, self._text, rank, seed)
 
-    def preconditioners(self) -> dict[str, Tensor]:
-        """P^(1/2) of every site, float32; from the file if they were made before."""
-        if self._given is None:
-            return {}
-        path = self._path()
-        found = None if path is None else self._read(path)
-        if found is not None:
-            return found
-        tokens = self.text()
-        assert tokens is not None
+    def readout(self, rank: int) -> dict[str, Tensor]:
+        """What a memory at the model's end begins with (`nestlearn.adaptation.readout`)."""
         with reading(self._model):
-            made = preconditioners(self._model, self._sites, tokens)
-        if path is not None:
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                save_tensors(made, path)
-            except OSError:  # a read-only home directory costs time, nothing else
-                pass
-        return made
+            return {TARGET: readout_prior(self._model, self._sites[0].width, self._text, rank)}
 
-    def _path(self) -> Path | None:
-        """The file; None if it would be too large, soon made again, or of a text of the caller."""
-        size = sum(4 * site.width**2 for site in self._sites)
-        if isinstance(self._given, Tensor) or not SMALLEST <= size <= LARGEST:
-            return None
-        what = [VERSION, torch.__version__, self._base, ROWS, LENGTH]
-        what += [site.output for site in self._sites]
-        name = hashlib.sha256(repr(what).encode()).hexdigest()[:32]
-        return cache_folder() / "calibration" / f"{name}.safetensors"
 
-    def _read(self, path: Path) -> dict[str, Tensor] | None:
-        """What the file holds, if it is whole and of these sites."""
+def general_text(model: nn.Module, base: str) -> Tensor:
+    """The text that a model generates, from the file if it was generated before.
+
+    Args:
+        model: a causal language model, in evaluation mode.
+        base: fingerprint of its weights.
+
+    Returns:
+        tokens ``(ROWS, LENGTH)``.
+    """
+    path = _path(base) if sum(p.numel() for p in model.parameters()) >= SMALLEST else None
+    if path is not None and (found := _read(path, model)) is not None:
+        return found
+    tokens = generate_text(model)
+    if path is not None:
         try:
-            found = load_file(path)
-        except (OSError, SafetensorError):
-            return None
-        shapes = {name: tuple(t.shape) for name, t in found.items()}
-        return found if shapes == {s.output: (s.width, s.width) for s in self._sites} else None
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_tensors({"tokens": tokens}, path)
+        except OSError:  # a read-only home directory costs time, nothing else
+            pass
+    return tokens
+
+
+def _path(base: str) -> Path:
+    name = hashlib.sha256(repr([base, ROWS, LENGTH]).encode()).hexdigest()[:32]
+    return cache_folder() / "calibration" / f"{name}.safetensors"
+
+
+def _read(path: Path, model: Any) -> Tensor | None:
+    """The tokens in a file, if it is whole and of such a model."""
+    try:
+        tokens = load_file(path)["tokens"]
+    except (OSError, SafetensorError, KeyError):
+        return None
+    count = model.get_input_embeddings().weight.shape[0]
+    fits = tokens.dtype == torch.long and tuple(tokens.shape) == (ROWS, LENGTH)
+    return tokens if fits and tokens.min() >= 0 and tokens.max() < count else None

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from nestlearn.adaptation.examples import Example
 from nestlearn.sources import Notify, find_sources, read_documents
 
 PIECE = 1 << 16  # characters tokenised at once
@@ -17,12 +18,13 @@ Documents = str | Path | Mapping[str, Any] | Iterable[Any]
 
 def documents_of(
     given: Documents, text_column: str = "text", notify: Notify = warnings.warn
-) -> Iterator[tuple[str, bool]]:
-    """Text in pieces, and whether a document ends with the piece.
+) -> Iterator[tuple[str | Example, bool]]:
+    """Text in pieces, and whether a document ends with the piece; examples as they are.
 
     Args:
         given: a text; a path of a file, folder or glob (text, JSON lines, Parquet); a row with a
             column of text; or an iterable of these (a list, a generator, a Hugging Face data set).
+            A row without that column, but with ``prompt`` and ``completion``, is an example.
         text_column: column of rows that holds the text.
         notify: is told what was left out.
 
@@ -35,12 +37,20 @@ def documents_of(
             yield from _cut(given)
     elif isinstance(given, Path):
         sources = find_sources([str(given)], notify)
-        for piece, ends in read_documents(sources, text_column):
+        for piece, ends in read_documents(sources, text_column, Example.of):
+            if isinstance(piece, Example):
+                yield piece, True
+                continue
             for part, last in _cut(piece):
                 yield part, last and ends
             if ends and not piece.strip():
                 yield "", True
+    elif isinstance(given, Example):
+        yield given, True
     elif isinstance(given, Mapping):
+        if text_column not in given and (example := Example.of(given)) is not None:
+            yield example, True
+            return
         if text_column not in given:
             columns = ", ".join(map(str, given)) or "none"
             raise ValueError(f"a row has no column {text_column!r}; there are: {columns}")

@@ -187,21 +187,21 @@ def _smaller(plan: Stored, limit: int) -> Stored:
 def _plans(memory: Memory) -> Iterator[Stored]:
     """Ways to store, from the most faithful to the smallest, with their sizes."""
     tensors: dict[str, Tensor] = {}
-    pack(memory.optimizer, tensors)
+    pack(_cut_state(memory.optimizer), tensors)
     momenta = sum(t.nbytes for t in tensors.values())
     count = len(memory.snapshots)
 
-    keys = sum(k.numel() + 4 * len(k) for k in memory.keys.values())
+    fixed = sum(k.numel() + 4 * len(k) for k in memory.fixed.values())
 
     def size(storage: str, snapshots: int) -> int:
         kept = [s.changes for s in memory.snapshots[count - snapshots :]]
         shapes = [
-            tuple(t.shape)
+            tuple(_cut(t).shape)
             for changes in (memory.changes, *kept)
             for own in changes.values()
             for t in own.values()
         ]
-        return keys + sum(size_of(shape, storage) for shape in shapes)
+        return fixed + sum(size_of(shape, storage) for shape in shapes)
 
     for storage in ("float32", "bfloat16"):
         yield Stored(storage, True, count, size(storage, count) + momenta)
@@ -215,7 +215,7 @@ def _plans(memory: Memory) -> Iterator[Stored]:
 def _content(memory: Memory, plan: Stored) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors: dict[str, Tensor] = {}
     kept = memory.snapshots[len(memory.snapshots) - plan.snapshots :]
-    optimizer = memory.optimizer if plan.optimizer else _clocks_only(memory.optimizer)
+    optimizer = _cut_state(memory.optimizer) if plan.optimizer else _no_state(memory.optimizer)
     content = {
         "model": memory.model,
         "created": memory.created,
@@ -226,7 +226,7 @@ def _content(memory: Memory, plan: Stored) -> tuple[dict[str, Tensor], dict[str,
         "levels": [dataclasses.asdict(level) for level in memory.levels],
         "counts": memory.counts,
         "storage": plan.storage,
-        "keys": list(memory.keys),
+        "fixed": list(memory.fixed),
         "changes": _store(memory.changes, "changes", plan.storage, tensors),
         "snapshots": [
             {
@@ -238,25 +238,52 @@ def _content(memory: Memory, plan: Stored) -> tuple[dict[str, Tensor], dict[str,
             for i, s in enumerate(kept)
         ],
     }
-    for name, keys in memory.keys.items():
-        tensors[f"keys/{name}"], tensors[f"keys/{name}/scale"] = quantise(keys.cpu())
+    for name, one in memory.fixed.items():
+        tensors[f"fixed/{name}"], tensors[f"fixed/{name}/scale"] = quantise(one.cpu())
     content["optimizer"] = pack(optimizer, tensors, "optimizer.")
     return tensors, content
 
 
-def _clocks_only(optimizer: dict[str, Any] | None) -> dict[str, Any] | None:
+def _no_state(optimizer: dict[str, Any] | None) -> dict[str, Any] | None:
     return None if optimizer is None else {**optimizer, "state": {}}
+
+
+def _cut(tensor: Tensor) -> Tensor:
+    """Without the zero rows at the end, which slots that are free are; one row at least."""
+    taken = tensor.flatten(1).any(-1) if tensor.ndim > 1 else tensor != 0
+    last = int(taken.nonzero()[-1]) if taken.any() else 0
+    return tensor[: last + 1]
+
+
+def _cut_state(optimizer: dict[str, Any] | None) -> dict[str, Any] | None:
+    if optimizer is None:
+        return None
+    state = {
+        name: {k: _cut(v) if isinstance(v, Tensor) and v.ndim else v for k, v in own.items()}
+        for name, own in optimizer["state"].items()
+    }
+    return {**optimizer, "state": state}
+
+
+def _padded(tensor: Tensor, rows: int) -> Tensor:
+    """`_cut` undone."""
+    if not 1 <= len(tensor) <= rows:
+        raise ValueError(f"{len(tensor)} rows where there are {rows}")
+    return torch.cat([tensor, tensor.new_zeros(rows - len(tensor), *tensor.shape[1:])])
 
 
 def _store(
     changes: Changes, prefix: str, storage: str, tensors: dict[str, Tensor]
-) -> dict[str, list[str]]:
-    """Put changes into ``tensors``; returns level -> targets."""
-    for i, own in enumerate(changes.values()):
+) -> dict[str, dict[str, int]]:
+    """Put changes into ``tensors``; returns level -> target -> rows that are stored."""
+    rows: dict[str, dict[str, int]] = {level: {} for level in changes}
+    for i, (level, own) in enumerate(changes.items()):
         for target, tensor in own.items():
-            for part, stored in encode(tensor, storage).items():
+            cut = _cut(tensor)
+            rows[level][target] = len(cut)
+            for part, stored in encode(cut, storage).items():
                 tensors[_key(prefix, i, target, part)] = stored
-    return {level: list(own) for level, own in changes.items()}
+    return rows
 
 
 def _key(prefix: str, level: int, target: str, part: str) -> str:
@@ -294,10 +321,15 @@ def _memory(content: dict[str, Any], stored: dict[str, Tensor], expected: Layout
     optimizer = unpack(content["optimizer"], stored)
     if optimizer is not None and not isinstance(optimizer, dict):
         raise ValueError("the optimizer's state is no dictionary")
+    for name, own in (optimizer or {"state": {}})["state"].items():
+        rows = layout.shapes[name.split("/", 1)[1]][0]
+        for key, value in own.items():
+            if isinstance(value, Tensor) and value.ndim:
+                own[key] = _padded(value, rows)
     return Memory(
         layout,
         levels,
-        _keys(content["keys"], layout, stored),
+        _fixed(content["fixed"], layout, stored),
         _changes(content["changes"], "changes", content["storage"], layout, stored),
         _counts(content["counts"]),
         optimizer,
@@ -307,17 +339,17 @@ def _memory(content: dict[str, Any], stored: dict[str, Tensor], expected: Layout
     )
 
 
-def _keys(given: list[str], layout: Layout, stored: dict[str, Tensor]) -> dict[str, Tensor]:
-    keys = {}
+def _fixed(given: list[str], layout: Layout, stored: dict[str, Tensor]) -> dict[str, Tensor]:
+    fixed = {}
     for name in _list(given):
-        shape = tuple(stored[f"keys/{name}"].shape)
+        shape = tuple(stored[f"fixed/{name}"].shape)
         if name not in layout.shapes or len(shape) != 2 or shape[0] != layout.rank:
-            raise ValueError(f"keys of {name!r:.60} have the shape {shape}")
-        parts = {"int8": stored[f"keys/{name}"], "scale": stored[f"keys/{name}/scale"]}
-        keys[name] = decode(parts, "int8", shape)
-    if (fingerprint(keys) if keys else "") != layout.keys:
-        raise ValueError("the keys are not those of the layout")
-    return keys
+            raise ValueError(f"{name!r:.60} has the fixed shape {shape}")
+        parts = {"int8": stored[f"fixed/{name}"], "scale": stored[f"fixed/{name}/scale"]}
+        fixed[name] = decode(parts, "int8", shape)
+    if (fingerprint(fixed) if fixed else "") != layout.fixed:
+        raise ValueError("what never changes is not that of the layout")
+    return fixed
 
 
 def _layout(given: dict[str, Any]) -> Layout:
@@ -336,11 +368,12 @@ def _layout(given: dict[str, Any]) -> Layout:
     rank = given["rank"]
     if type(rank) is not int or rank < 0:
         raise ValueError(f"rank {rank!r:.20}")
-    return Layout(_text(given["base"]), _text(given["method"]), rank, _text(given["keys"]), shapes)
+    base, method, fixed = (_text(given[field]) for field in ("base", "method", "fixed"))
+    return Layout(base, method, rank, fixed, shapes)
 
 
 def _changes(
-    given: dict[str, list[str]],
+    given: dict[str, dict[str, int]],
     prefix: str,
     storage: str,
     layout: Layout,
@@ -351,9 +384,12 @@ def _changes(
         if not _NAME.fullmatch(level):
             raise ValueError(f"a level named {level!r:.60}")
         own = changes.setdefault(level, {})
-        for target in _list(targets):
+        for target, rows in targets.items():
+            shape = layout.shapes[target]
+            if type(rows) is not int or not 1 <= rows <= shape[0]:
+                raise ValueError(f"{target} has {rows!r:.20} rows")
             parts = {n: stored[_key(prefix, i, target, n)] for n in part_names(storage)}
-            own[target] = decode(parts, storage, layout.shapes[target])
+            own[target] = _padded(decode(parts, storage, (rows, *shape[1:])), shape[0])
             if not torch.isfinite(own[target]).all():
                 raise ValueError(f"{target} of level {level} holds numbers that are not finite")
     return changes

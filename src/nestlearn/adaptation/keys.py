@@ -1,26 +1,24 @@
-"""Keys of added memories: fixed directions that hardly answer to what the model says anyway.
+"""What keys of added memories are made of: directions that tell one text from another.
 
-A memory that learns ``V`` in ``y + V K h`` changes the model wherever its keys ``K h`` are large.
-If ``K = R (C + c)^{-1}`` with a random R and ``C = E[h h^T]`` over general text, common directions
-of h are turned down and the rare ones, which tell one subject from another, are left: what is
-learned in one place moves little elsewhere. The general text is what the model itself generates, so
+A memory answers where a key resembles one that was written. Hidden activations h of any two places
+in a text resemble each other, because some directions are large in all of them. With
+``P = R (1 + C / c)^{-1}``, R random and ``C = E[h h^T]`` over general text, those are turned down
+in ``k = P h`` and the rare ones are left. The general text is what the model itself generates, so
 no data is needed. It is Eq. 47's preconditioning, of keys, with the model's own statistics.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from nestlearn.adaptation.sites import Site
 
 ROWS, LENGTH = 64, 64
-"""Size of the text that a model generates for its keys."""
+"""Size of the text that a model generates to know what is common."""
 
 
 @torch.no_grad()
@@ -46,7 +44,7 @@ def generate_text(
 
 
 @torch.no_grad()
-def calibrated_keys(
+def projections(
     model: nn.Module,
     sites: Sequence[Site],
     tokens: Tensor | None,
@@ -54,20 +52,19 @@ def calibrated_keys(
     seed: int = 0,
     ridge: float = 0.1,
 ) -> dict[str, Tensor]:
-    """Keys for the memory of every site.
+    """P for the memory of every site.
 
     Args:
         model: a causal language model.
         sites: where memories will be.
-        tokens: general text ``(B, T)``; None: random directions, not turned down anywhere.
-        rank: keys per site, r.
+        tokens: general text ``(B, T)``; None: nothing is turned down.
+        rank: numbers in a key, r.
         seed: of R.
         ridge: what the mean eigenvalue of C is multiplied by and added to it: the smaller, the more
             common directions are turned down.
 
     Returns:
-        path of the site's output map -> keys ``(r, H)``, of few bits (see `quantise`), in which a
-        value of 1 in every entry of V changes y by about its own size.
+        path of the site's output map -> P ``(r, H)``, of few bits (see `quantise`).
 
     Raises:
         ValueError: a site that does not run when the model does.
@@ -78,14 +75,13 @@ def calibrated_keys(
         for site in sites
     }
     if tokens is None:
-        return {name: _round(r / rank**0.5) for name, r in random.items()}
+        return {name: rounded(r) for name, r in random.items()}
     found: dict[str, Tensor] = {}
 
     def watch(name: str) -> Any:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             h = inputs[0].detach().float().cpu().flatten(0, -2)
-            size = output.detach().float().square().mean().sqrt().item()
-            found[name] = _turned_down(random[name], h, size, ridge)
+            found[name] = _turned_down(random[name], h, ridge)
 
         return hook
 
@@ -104,74 +100,8 @@ def calibrated_keys(
     return found
 
 
-def preconditioners(
-    model: nn.Module,
-    sites: Sequence[Site],
-    tokens: Tensor,
-    seed: int = 0,
-    ridge: float = 0.1,
-    batch: int = 8,
-) -> dict[str, Tensor]:
-    """P^(1/2), P the preconditioner of Eq. 47: turns steps away from what the model needs.
-
-    ``P = (F + c)^{-1} c`` with ``F = E[g g^T]``, g the gradient of the log-likelihood of what the
-    model itself would say next (Fisher information) at the output of a site. With the keys, which
-    do the same for the inputs, it is natural gradient with a Kronecker-factored curvature. The
-    square root is what an optimizer is put between: it sees ``P^(1/2) dL/dV`` and its step is
-    multiplied by P^(1/2), as if ``V = P^(1/2) U`` and U were learned.
-
-    Args:
-        model: a causal language model; its parameters get no gradient.
-        sites: where memories are.
-        tokens: general text ``(B, T)``.
-        seed: of the sampled next tokens.
-        ridge: c in units of F's mean eigenvalue: the smaller, the more is turned away.
-        batch: rows at a time.
-
-    Returns:
-        path of the site's output map -> P^(1/2) ``(D, D)``, symmetric, float32.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    outputs: dict[str, Tensor] = {}
-
-    def watch(name: str) -> Any:
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            outputs[name] = torch.zeros_like(output, requires_grad=True)
-            return output + outputs[name]
-
-        return hook
-
-    names = [site.output for site in sites]
-    sums = {site.output: torch.zeros(site.width, site.width) for site in sites}
-    hooks = [model.get_submodule(n).register_forward_hook(watch(n)) for n in names]
-    embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
-    try:
-        for rows in tokens.split(batch):
-            with torch.enable_grad():
-                out = model(input_ids=rows.to(embeddings.weight.device), use_cache=False)
-                logits = out.logits.float().flatten(0, 1)
-                chances = logits.detach().softmax(-1).cpu()
-                said = torch.multinomial(chances, 1, generator=generator)[:, 0].to(logits.device)
-                loss = F.cross_entropy(logits, said, reduction="sum")
-                grads = torch.autograd.grad(loss, [outputs[n] for n in names])
-            for name, grad in zip(names, grads, strict=True):
-                g = grad.float().flatten(0, -2)
-                sums[name] += (g.mT @ g).cpu()
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return {name: _inverse_root(total, ridge) for name, total in sums.items()}
-
-
-def _inverse_root(curvature: Tensor, ridge: float) -> Tensor:
-    """``(F / c + 1)^{-1/2}``, c = ridge times F's mean eigenvalue."""
-    scale = (ridge * curvature.diagonal().double().mean()).clamp(min=1e-300)
-    values, vectors = torch.linalg.eigh(curvature.double() / scale)
-    return ((vectors * (1 + values.clamp(min=0)).rsqrt()) @ vectors.mT).float()
-
-
-def _turned_down(random: Tensor, h: Tensor, size: float, ridge: float) -> Tensor:
-    """``R (1 + C / c)^{-1}``, c = ridge times C's mean eigenvalue, scaled; ``h (N, H)``."""
+def _turned_down(random: Tensor, h: Tensor, ridge: float) -> Tensor:
+    """``R (1 + C / c)^{-1}``, c = ridge times C's mean eigenvalue; ``h (N, H)``."""
     count, hidden = h.shape
     h, wide = h.double(), random.double()
     level = ridge * h.square().sum().clamp(min=1e-30) / hidden  # c, times N as h^T h is
@@ -183,22 +113,21 @@ def _turned_down(random: Tensor, h: Tensor, size: float, ridge: float) -> Tensor
         keys = torch.cholesky_solve(wide.mT * level, factor).mT
     else:
         keys = wide - (torch.cholesky_solve(h @ wide.mT, factor).mT @ h)
-    answers = F.linear(h, keys).square().mean().sqrt()
-    scale = size / (answers.item() * math.sqrt(len(random))) if answers > 0 else 1.0
-    return _round(keys * (scale if math.isfinite(scale) and scale > 0 else 1.0))
+    return rounded(keys)
 
 
 def quantise(keys: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys as integers -127..127 and a power of two per row, as memory files store them.
+    """A matrix as integers -127..127 and a power of two per row, as memory files store them.
 
-    Keys are rounded to such numbers when they are made, so this loses nothing, and models in
-    float32 and bfloat16 use the same.
+    Projections and keys are rounded to such numbers when they are made, so this loses nothing, and
+    models in float32 and bfloat16 use the same.
     """
     largest = keys.abs().amax(-1, keepdim=True).clamp(min=2.0**-100)
     scale = torch.exp2(torch.ceil(torch.log2(largest.double() / 127))).float()
     return (keys / scale).round().to(torch.int8), scale
 
 
-def _round(keys: Tensor) -> Tensor:
+def rounded(keys: Tensor) -> Tensor:
+    """The nearest matrix that `quantise` loses nothing of."""
     integers, scale = quantise(keys.float())
     return integers * scale

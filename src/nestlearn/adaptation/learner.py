@@ -7,28 +7,40 @@ import functools
 import math
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from nestlearn.adaptation.added import Seen, memory_of
 from nestlearn.adaptation.attach import Adaptation, adaptation_of
-from nestlearn.adaptation.documents import Documents, documents_of, token_pieces
+from nestlearn.adaptation.documents import Documents, documents_of
+from nestlearn.adaptation.examples import Batch, completion_loss
 from nestlearn.adaptation.file import Stored, read_memory, write_memory
 from nestlearn.adaptation.level_weights import LevelWeights
 from nestlearn.adaptation.memory import Memory, level_name
-from nestlearn.adaptation.reader import Reader, reading, segments
+from nestlearn.adaptation.reader import Reader, Segment, reading, work
+from nestlearn.adaptation.readout import TARGET, Writer
+from nestlearn.adaptation.writing import write_keys
 from nestlearn.levels.clock import NEVER
 from nestlearn.levels.level import Level
 from nestlearn.optim.multirate import InnerFactory
+from nestlearn.optim.row_adam import RowAdam
 
 OPTIMIZERS: dict[str, InnerFactory] = {
+    "rowadam": RowAdam,
     "adamw": functools.partial(torch.optim.AdamW, betas=(0.9, 0.99), weight_decay=0.0),
     "sgd": functools.partial(torch.optim.SGD, momentum=0.9),
 }
 """Inner optimizers by name; any ``torch.optim`` class can be given instead."""
+DEFAULTS: dict[str, tuple[float, str]] = {
+    "added": (0.2, "rowadam"),
+    "placement": (1e-4, "adamw"),
+    "readout": (1.0, "sgd"),
+}
+"""Learning rate and optimizer by method."""
 
 
 @dataclasses.dataclass
@@ -68,24 +80,32 @@ class Learner:
     segment is differentiated once for all levels; a level is updated when its clock is due, with
     the mean gradient of the tokens since its last update:
 
-        theta_l <- theta_l - Q * step_l(Q * mean gradient of the period)   if due, Q = P^(1/2)
+        theta_l <- theta_l - lr_l * optimizer(mean of gradients in the period)    if due
         theta_l <- theta_l * 2^(-period / half_life)                              retention
         theta_(l+1) += s theta_l,  theta_l <- (1 - s) theta_l                     consolidation
 
     Consolidation happens when the slower level l+1 is due; it moves knowledge without changing
     what the model computes. Retention pulls a level to the slower ones.
 
+    Examples (a prompt and its completion) are learned in batches, in the order they come; only the
+    tokens of completions are learned and counted by the clocks.
+
+    A model adapted with ``method="readout"`` has no gradients: what is read is added to sums, and
+    the memory is their exact solution (`nestlearn.adaptation.readout`). ``lr``, ``optimizer``,
+    ``repeats`` and ``clip`` do nothing there, and losses are those of a model that knows what it
+    knew when `learn` began.
+
     Args:
         model: an adapted model, see `nestlearn.adapt`.
         tokenizer: the model's tokenizer.
-        lr: learning rate; a level's own is ``lr * level.lr_scale``.
-        optimizer: ``"adamw"``, ``"sgd"``, a factory like ``torch.optim.AdamW``, or a mapping from
-            level names (and ``"*"``) to these.
+        lr: learning rate; a level's own is ``lr * level.lr_scale``. Default: 0.2 for added
+            memories, 1e-4 for placement.
+        optimizer: ``"rowadam"`` (default of added memories, `nestlearn.optim.RowAdam`), ``"adamw"``
+            (of placement), ``"sgd"``, a factory like ``torch.optim.AdamW``, or a mapping from level
+            names (and ``"*"``) to these.
         repeats: gradient steps on each segment. Clocks count a token as often as it is learned.
         clip: largest norm of a segment's gradient.
-        precondition: turn steps of added memories away from what the model needs for other text
-            (see `nestlearn.adaptation.keys.preconditioners`; some seconds before the first segment
-            that a base model ever learns). Without it Q is 1, and other text suffers more.
+        batch: examples learned together.
         context: tokens a segment sees at most, itself included (default: 1,024, or the model's
             own limit).
         snapshots: how many earlier states are kept to `undo` to; one is made per `learn`.
@@ -105,28 +125,37 @@ class Learner:
         model: nn.Module,
         tokenizer: Any,
         *,
-        lr: float = 1e-3,
-        optimizer: str | InnerFactory | Mapping[str, str | InnerFactory] = "adamw",
-        repeats: int = 1,
+        lr: float | None = None,
+        optimizer: str | InnerFactory | Mapping[str, str | InnerFactory] | None = None,
+        repeats: int = 4,
         clip: float = 1.0,
-        precondition: bool = True,
+        batch: int = 16,
         context: int | None = None,
         snapshots: int = 3,
         memory: Memory | None = None,
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
         self._handle: Adaptation = adaptation_of(model)
+        usual = DEFAULTS[self._handle.method]
+        lr = usual[0] if lr is None else lr
         for name, value in (("lr", lr), ("clip", clip)):
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"{name} must be 0 or more and finite, got {value!r}")
-        for name, count in (("repeats", repeats), ("snapshots", snapshots)):
-            if not isinstance(count, int) or count < (name == "repeats"):
-                raise ValueError(f"{name} must be {int(name == 'repeats')} or more, got {count!r}")
-        self.precondition = precondition
+        for name, count in (("repeats", repeats), ("batch", batch), ("snapshots", snapshots)):
+            least = int(name != "snapshots")
+            if not isinstance(count, int) or count < least:
+                raise ValueError(f"{name} must be {least} or more, got {count!r}")
         self.lr, self.repeats, self.clip, self.keep = lr, repeats, clip, snapshots
-        self._factory = _factories(optimizer)
+        self.batch = batch
+        self._factory = _factories(usual[1] if optimizer is None else optimizer)
         self.segment = min(lv.period for lv in self.levels if lv.period != NEVER)
         self.limit = _limit(model)
+        self._writer: Writer | None = None
+        if self._handle.method == "readout":
+            self._writer = Writer(model, self._handle.readout)
+            self._factory, self.lr = None, 1.0
+            # Sums are the same however the text is cut.
+            self.segment = min(max(self.segment, 256), self.limit if context is None else context)
         self.context = _context(self.limit, context, self.segment)
         self.frozen = False
         self.use(self._handle.new_memory(_name_of(model)) if memory is None else memory)
@@ -206,8 +235,9 @@ class Learner:
         """Read documents once, in order, and learn from them.
 
         Args:
-            documents: a text; a ``Path`` (file, folder, glob); a list, generator or Hugging Face
-                data set of these; see `nestlearn.adaptation.documents.documents_of`.
+            documents: a text; a ``Path`` (file, folder, glob); an example
+                ``{"prompt": ..., "completion": ...}``; a list, generator or Hugging Face data set
+                of these; see `nestlearn.adaptation.documents.documents_of`.
             text_column: column of rows that holds the text.
             label: name of the snapshot made before.
             progress: called after every segment with what was done so far.
@@ -225,21 +255,21 @@ class Learner:
         if self.keep:
             self._memory.snapshot(label or "before learning", self.keep)
         reader = Reader(self.model, self.context)
-        pieces = token_pieces(documents_of(documents, text_column), self.tokenizer)
         try:
             with reading(self.model):
-                for ids, begins in segments(pieces, self.segment):
+                for item in self._work(documents, text_column, self.segment):
                     if stop():
                         done.stopped = True
                         break
-                    if begins:
+                    begun = item.begun
+                    done.documents += begun
+                    self._count("documents", begun)
+                    if begun and not isinstance(item, Batch):
                         reader.begin()
-                        done.documents += 1
-                        self._count("documents", 1)
-                    if len(ids) < 2:
+                    tokens = item.tokens
+                    if not tokens:
                         continue
-                    tokens = len(ids) - 1
-                    loss = self._segment(reader, torch.tensor([ids], device=self.device))
+                    loss = self._learn(reader, item)
                     if loss is None:
                         done.skipped += 1
                         self._count("skipped", 1)
@@ -277,62 +307,115 @@ class Learner:
         """
         reader = Reader(self.model, self.context)
         total, tokens = 0.0, 0
-        pieces = token_pieces(documents_of(documents, text_column), self.tokenizer)
         with reading(self.model):
-            for ids, begins in segments(pieces, min(512, self.context)):
-                if begins:
-                    reader.begin()
-                if len(ids) < 2:
+            for item in self._work(documents, text_column, min(512, self.context)):
+                if not item.tokens:
                     continue
-                row = torch.tensor([ids], device=self.device)
-                loss, cache = reader.loss(row)
-                reader.keep(cache, row)
-                total += loss.item() * (len(ids) - 1)
-                tokens += len(ids) - 1
+                if isinstance(item, Batch):
+                    loss = completion_loss(self.model, item.to(self.device))
+                else:
+                    if item.begun:
+                        reader.begin()
+                    row = item.row(self.device)
+                    loss, cache = reader.loss(row)
+                    reader.keep(cache, row)
+                total += loss.item() * item.tokens
+                tokens += item.tokens
         if not tokens:
             raise ValueError("there is nothing to evaluate: the documents hold no text")
         mean = total / tokens
         return {"tokens": tokens, "loss": mean, "perplexity": math.exp(min(mean, 700))}
 
-    def _segment(self, reader: Reader, ids: Tensor) -> float | None:
-        """Learn one segment ``(1, n + 1)``; its loss when first read, None if not finite."""
+    def _work(self, documents: Documents, text_column: str, length: int) -> Any:
+        found = documents_of(documents, text_column)
+        return work(found, self.tokenizer, length, self.batch, self.context)
+
+    def _learn(self, reader: Reader, item: Segment | Batch) -> float | None:
+        """Learn a segment or batch; its loss when first read, None if not finite."""
+        cache: Any = None
+        if isinstance(item, Batch):
+            moved = item.to(self.device)
+
+            def compute() -> Tensor:
+                return completion_loss(self.model, moved)
+        else:
+            row = item.row(self.device)
+
+            def compute() -> Tensor:
+                nonlocal cache
+                loss, cache = reader.loss(row)
+                return loss
+
+        if self._writer is not None:
+            first = self._write(compute, item)
+        else:
+            first = self._descend(compute, item.tokens)
+        if first is None:
+            return None
+        if not isinstance(item, Batch):
+            reader.keep(cache, row)
+        self._observe(first, item.tokens)
+        return first
+
+    def _descend(self, compute: Callable[[], Tensor], tokens: int) -> float | None:
+        """Gradient steps on a loss."""
         first = None
-        tokens = ids.shape[1] - 1
         with torch.enable_grad():
-            for _ in range(self.repeats):
-                loss, cache = reader.loss(ids)
+            for i in range(self.repeats):
+                with self._handle.watching() as seen:
+                    loss = compute()
                 value = loss.item()
                 if not math.isfinite(value):
                     return None
                 first = value if first is None else first
-                weights = [t.weight for t in self._handle.targets.values()]
-                grads = torch.autograd.grad(loss, weights, allow_unused=True)
-                if not self._update(grads, tokens):
-                    return None
+                given = self._gradients(loss, seen, write=i == 0)
                 del loss
-        reader.keep(cache, ids)
-        self._observe(first or 0.0, tokens)
+                if given is None or not self._update(given, tokens):
+                    return None
+        return first
+
+    def _gradients(
+        self, loss: Tensor, seen: dict[str, Seen], write: bool
+    ) -> dict[str, Tensor] | None:
+        """Gradients by target; None if they are not finite. ``write``: new keys, too."""
+        if self._handle.method != "added":
+            targets = self._handle.targets
+            weights = [t.weight for t in targets.values()]
+            found = torch.autograd.grad(loss, weights, allow_unused=True)
+            return {n: g.float() for n, g in zip(targets, found, strict=True) if g is not None}
+        found = torch.autograd.grad(loss, [one.answer for one in seen.values()])
+        errors = {n: e.flatten(0, -2).float() for n, e in zip(seen, found, strict=True)}
+        if not all(e.isfinite().all() for e in errors.values()):
+            return None
+        if write:
+            write_keys(self._handle, self._memory, self._weights, seen, errors)
+        memories = {name: memory_of(self._handle.targets[name]) for name in seen}
+        return {n: m.gradient(seen[n].key, errors[n]) for n, m in memories.items()}
+
+    @torch.no_grad()
+    def _write(self, compute: Callable[[], Tensor], item: Segment | Batch) -> float | None:
+        """Add what is read to the sums of an exact memory."""
+        assert self._writer is not None
+        with self._handle.readout.watching():
+            first: float = compute().item()
+            key, tokens = item.pick(self._handle.readout.parts)
+            sums = self._writer.sums(self._handle.readout.make_key(key), tokens.to(self.device))
+        if not (math.isfinite(first) and torch.isfinite(sums).all()):
+            return None
+        self._weights.update({TARGET: -sums}, item.tokens)
         return first
 
     @torch.no_grad()
-    def _update(self, grads: Sequence[Tensor | None], tokens: int) -> bool:
+    def _update(self, given: dict[str, Tensor], tokens: int) -> bool:
         """Hand a segment's gradients to the levels; False if they are not finite."""
-        roots = self._roots()
-        given = {}
-        for name, g in zip(self._handle.targets, grads, strict=True):
-            if g is not None:
-                given[name] = (roots[name] @ g if name in roots else g).float()
         norm = torch.nn.utils.get_total_norm(given.values()).item()
         if not math.isfinite(norm):
             return False
         # Levels average over the tokens of their period, so a segment counts by its tokens.
         scale = tokens * min(1.0, self.clip / norm if norm > 0 else 1.0)
         torch._foreach_mul_(list(given.values()), scale)
-        self._weights.update(given, tokens, roots)
+        self._weights.update(given, tokens)
         return True
-
-    def _roots(self) -> dict[str, Tensor]:
-        return self._handle.preconditioners() if self.precondition else {}
 
     def _count(self, name: str, more: int) -> None:
         self._memory.counts[name] = self._memory.counts.get(name, 0) + more

@@ -24,7 +24,9 @@ class LevelWeights:
     Args:
         handle: the adapted model.
         memory: its changes are learned further; targets it lacks are added as zeros.
-        factory: inner optimizer, or one by level name, as for `MultiRate`.
+        factory: inner optimizer, or one by level name, as for `MultiRate`. None: what is handed to
+            `update` is subtracted as it is, from the fastest level that learns alone (sums, of
+            which slower levels take their share).
         lr: of a level whose ``lr_scale`` is 1.
 
     Attributes:
@@ -39,10 +41,10 @@ class LevelWeights:
         self,
         handle: Adaptation,
         memory: Memory,
-        factory: InnerFactory | Mapping[str, InnerFactory],
+        factory: InnerFactory | Mapping[str, InnerFactory] | None,
         lr: float,
     ) -> None:
-        self._handle = handle
+        self._handle, self._sums = handle, factory is None
         self.parameters: dict[str, dict[str, nn.Parameter]] = {}
         groups = []
         for level in handle.levels:
@@ -67,39 +69,29 @@ class LevelWeights:
                     "lr": lr * level.lr_scale,
                 }
             )
-        self.optimizer = MultiRate(groups, factory, accumulate="mean")
+        self.optimizer = (
+            MultiRate(groups, torch.optim.SGD, accumulate="sum")
+            if factory is None
+            else MultiRate(groups, factory, accumulate="mean")
+        )
         if memory.optimizer is not None:
             self._load(memory.optimizer)
 
     @torch.no_grad()
-    def update(
-        self, gradients: Mapping[str, Tensor], tokens: int, roots: Mapping[str, Tensor]
-    ) -> tuple[str, ...]:
-        """One optimizer step; levels that are due are updated, and what the model computes with.
-
-        Args:
-            gradients: target -> gradient summed over ``tokens`` tokens, multiplied by Q.
-            tokens: how far the clocks advance.
-            roots: target -> Q that the optimizer's step is multiplied by; 1 where there is none.
+    def update(self, gradients: Mapping[str, Tensor], tokens: int) -> tuple[str, ...]:
+        """Hand every level the summed gradients of ``tokens`` tokens; the levels that were due
+        are updated, and with them the weights that the model computes with.
 
         Returns:
             names of the levels that were updated.
         """
-        before: dict[nn.Parameter, Tensor] = {}
-        for name, own in self.parameters.items():
-            due = self.optimizer.levels[name]
-            stepping = due.clock.boundaries(due.steps, due.steps + tokens)
+        for i, own in enumerate(self.parameters.values()):
             for target, parameter in own.items():
-                parameter.grad = gradients.get(target)
-                if stepping and target in roots:
-                    before[parameter] = parameter.detach().clone()
+                parameter.grad = None if i and self._sums else gradients.get(target)
         self.optimizer.step(units=tokens)
         for own in self.parameters.values():
-            for target, parameter in own.items():
+            for parameter in own.values():
                 parameter.grad = None
-                if parameter in before:
-                    step = parameter.sub_(before[parameter]).to(roots[target])
-                    torch.add(before[parameter], roots[target] @ step, out=parameter.data)
         fired = self.optimizer.fired
         faster: Level | None = None
         for level in self._handle.levels:
@@ -110,6 +102,18 @@ class LevelWeights:
             parts: list[Tensor] = [own[target] for own in self.parameters.values() if target in own]
             refresh(self._handle.targets[target], parts)
         return fired
+
+    @torch.no_grad()
+    def clear(self, target: str, rows: Tensor) -> None:
+        """Forget rows of a target: in every level, its momenta and accumulators."""
+        for name, own in self.parameters.items():
+            p = own[target]
+            p[rows] = 0
+            inner = self.optimizer.levels[name].optimizer
+            for state in (inner.state.get(p, {}), self.optimizer.state.get(p, {})):
+                for value in state.values():
+                    if isinstance(value, Tensor) and value.shape[:1] == p.shape[:1]:
+                        value[rows] = 0
 
     def _retain_and_consolidate(self, level: Level, faster: Level | None) -> None:
         """What happens to a level beside its update: it fades towards the slower ones, and takes
@@ -156,7 +160,7 @@ class LevelWeights:
             for target, p in self.parameters[name].items():
                 for key, value in stored["state"].get(f"{name}/{target}", {}).items():
                     if isinstance(value, Tensor):
-                        if value.ndim and value.shape != p.shape:
+                        if value.shape not in (p.shape, p.shape[:1], torch.Size()):
                             raise ValueError(
                                 f"state {key} of {target} has shape {tuple(value.shape)}"
                             )

@@ -14,6 +14,8 @@ from nestlearn.levels.level import Level
 
 Changes = dict[str, dict[str, Tensor]]
 """Level name -> target name -> change, float32, in the target's shape."""
+WRITTEN = "keys"
+"""What holds the keys of added memories, among the levels' changes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,15 +25,15 @@ class Layout:
     Attributes:
         base: fingerprint of the base model's weights.
         method: ``"added"`` or ``"placement"``, see `nestlearn.adapt`.
-        rank: keys per added memory, r; 0 for placement.
-        keys: fingerprint of the added memories' keys; empty for placement.
+        rank: numbers in a key, r; 0 for placement.
+        fixed: fingerprint of what they need and never change; empty for placement.
         shapes: target name -> shape.
     """
 
     base: str
     method: str
     rank: int
-    keys: str
+    fixed: str
     shapes: dict[str, tuple[int, ...]]
 
     def difference(self, other: Layout) -> str | None:
@@ -44,8 +46,8 @@ class Layout:
                 return f"it was made with {field}={theirs!r}, here it is {mine!r}"
         if self.shapes != other.shapes:
             return "it was made for other blocks of the model"
-        if self.keys != other.keys:
-            return "its added memories have other keys (another seed or calibration text)"
+        if self.fixed != other.fixed:
+            return "its keys are made in another way (another seed or calibration text)"
         return None
 
 
@@ -69,8 +71,9 @@ class Memory:
     Attributes:
         layout: what it belongs to.
         levels: fastest first.
-        keys: of added memories, target name -> ``(r, H)``.
-        changes: per level and target; a target that a level never changed may be missing.
+        fixed: projections of added memories, target name -> ``(r, H)``.
+        changes: per level and target; a target that a level never changed may be missing. The
+            keys of added memories are under `WRITTEN`, which is no level.
         counts: ``tokens``, ``documents``, ``updates`` ... since it was made.
         optimizer: state of the levels' optimizers (clocks, momenta, open accumulators) or None.
         snapshots: oldest first.
@@ -80,7 +83,7 @@ class Memory:
 
     layout: Layout
     levels: tuple[Level, ...]
-    keys: dict[str, Tensor]
+    fixed: dict[str, Tensor]
     changes: Changes
     counts: dict[str, int] = dataclasses.field(default_factory=dict)
     optimizer: dict[str, Any] | None = None

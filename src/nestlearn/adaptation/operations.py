@@ -1,4 +1,4 @@
-"""Operations on memories: compare, merge, prune. All are linear in what was learned."""
+"""Operations on memories: compare, merge, prune."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor
 
-from nestlearn.adaptation.memory import Changes, Memory
+from nestlearn.adaptation.added import KEYS
+from nestlearn.adaptation.memory import WRITTEN, Changes, Memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,9 +38,10 @@ def diff(first: Memory, second: Memory) -> list[Difference]:
         ValueError: they belong to different models or layouts.
     """
     _require_same([first, second])
+    (a_changes, b_changes), _ = _aligned([first, second])
     rows = []
-    for name in dict.fromkeys((*first.changes, *second.changes)):
-        a, b = first.changes.get(name, {}), second.changes.get(name, {})
+    for name in dict.fromkeys((*a_changes, *b_changes)):
+        a, b = a_changes.get(name, {}), b_changes.get(name, {})
         squares = {"aa": 0.0, "bb": 0.0, "ab": 0.0}
         for target in {*a, *b}:
             x, y = a.get(target), b.get(target)
@@ -56,8 +58,9 @@ def diff(first: Memory, second: Memory) -> list[Difference]:
 def merge(memories: Sequence[Memory], weights: Sequence[float] | None = None) -> Memory:
     """The weighted sum of what memories learned, level by level.
 
-    The sum of everything is what a model has learned that read all of it in parallel. Momenta and
-    snapshots are not merged.
+    Added memories keep the pairs of all of them; where two have the same key its values are summed,
+    and if there are more pairs than slots the weakest are left out. Momenta and snapshots are not
+    merged.
 
     Args:
         memories: of one base model and layout, with the same levels.
@@ -75,18 +78,21 @@ def merge(memories: Sequence[Memory], weights: Sequence[float] | None = None) ->
     if len(shares) != len(memories) or not all(map(math.isfinite, shares)):
         raise ValueError(f"{len(memories)} memories need as many finite weights, got {shares}")
     changes: Changes = {name: {} for name in memories[0].names}
-    for memory, share in zip(memories, shares, strict=True):
-        for name, own in memory.changes.items():
+    aligned, keys = _aligned(memories)
+    for one, share in zip(aligned, shares, strict=True):
+        for name, own in one.items():
             for target, tensor in own.items():
                 sums = changes[name]
                 scaled = share * tensor
                 sums[target] = sums[target] + scaled if target in sums else scaled
+    if keys:
+        _fit(changes, keys, memories[0].layout.shapes)
     counts: dict[str, int] = {}
     for memory in memories:
         for key, count in memory.counts.items():
             counts[key] = counts.get(key, 0) + count
     first = memories[0]
-    return Memory(first.layout, first.levels, dict(first.keys), changes, counts, model=first.model)
+    return Memory(first.layout, first.levels, dict(first.fixed), changes, counts, model=first.model)
 
 
 def prune(
@@ -117,11 +123,81 @@ def prune(
         del result.snapshots[: max(0, len(result.snapshots) - snapshots)]
     for name in levels:
         result.changes[name] = {}
+    for target, keys in result.changes.get(WRITTEN, {}).items():
+        total = result.total(target.removesuffix(KEYS))
+        if levels and (total is None or not total.any(-1).all()):
+            taken = torch.zeros(len(keys), 1) if total is None else total.any(-1, keepdim=True)
+            result.changes[WRITTEN][target] = keys * taken  # a slot without a value is free
     if result.optimizer is not None:
         state = {} if momenta else result.optimizer["state"]
         kept = {k: v for k, v in state.items() if k.split("/")[0] not in levels}
         result.optimizer = {**result.optimizer, "state": kept}
     return result
+
+
+def _aligned(memories: Sequence[Memory]) -> tuple[list[Changes], dict[str, Tensor]]:
+    """The levels' changes with equal keys in equal rows, and these keys.
+
+    Values of added memories can only be compared, or summed, slot by slot of the same key. Other
+    targets are as they were.
+    """
+    keys: dict[str, Tensor] = {}
+    places: list[dict[str, Tensor]] = [{} for _ in memories]
+    names = {t for m in memories for t in m.changes.get(WRITTEN, {})}
+    for target in sorted(names):
+        index: dict[bytes, int] = {}
+        rows: list[Tensor] = []
+        for memory, own in zip(memories, places, strict=True):
+            written = memory.changes.get(WRITTEN, {}).get(target)
+            if written is None:
+                continue
+            taken = written.any(-1).nonzero()[:, 0]
+            found = []
+            for i in taken.tolist():
+                content = written[i].cpu().numpy().tobytes()
+                if content not in index:
+                    index[content] = len(rows)
+                    rows.append(written[i])
+                found.append(index[content])
+            own[target] = torch.stack([taken, torch.tensor(found, dtype=torch.long)])
+        keys[target] = torch.stack(rows) if rows else torch.zeros(0, 1)
+    aligned: list[Changes] = []
+    for memory, own in zip(memories, places, strict=True):
+        changes: Changes = {}
+        for level, targets in memory.changes.items():
+            if level == WRITTEN:
+                continue
+            changes[level] = {}
+            for name, tensor in targets.items():
+                place = own.get(name + KEYS)
+                if place is not None:
+                    moved = tensor.new_zeros(len(keys[name + KEYS]), tensor.shape[1])
+                    moved[place[1]] = tensor[place[0]]
+                    tensor = moved
+                changes[level][name] = tensor
+        aligned.append(changes)
+    return aligned, keys
+
+
+def _fit(
+    changes: Changes, keys: dict[str, Tensor], shapes: dict[str, tuple[int, ...]]
+) -> None:  # fmt: skip
+    """Put aligned values back into as many slots as there are, the strongest pairs first."""
+    written = changes.setdefault(WRITTEN, {})
+    for target, found in keys.items():
+        name = target.removesuffix(KEYS)
+        levels = [own for own in changes.values() if name in own]
+        slots, size = shapes[target]
+        strength = sum((own[name] for own in levels), torch.zeros(1, 1)).norm(dim=-1)
+        if len(found):
+            strength = strength.expand(len(found)) * found.norm(dim=-1)
+        kept = strength[: len(found)].argsort(descending=True, stable=True)[:slots].sort().values
+        written[target] = torch.zeros(slots, size)
+        written[target][: len(kept)] = found[kept]
+        for own in levels:
+            values = own[name].new_zeros(shapes[name])
+            values[: len(kept)] = own[name][kept]
+            own[name] = values
 
 
 def _require_same(memories: Sequence[Memory]) -> None:

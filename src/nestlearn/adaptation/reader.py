@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+import dataclasses
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from nestlearn.adaptation.documents import token_pieces
+from nestlearn.adaptation.examples import Batch, Example, batches
 
 
 @contextlib.contextmanager
@@ -80,10 +85,50 @@ def _detach(cache: Any) -> Any:
     return cache
 
 
-def segments(
-    pieces: Iterator[tuple[list[int], bool, bool]], length: int
-) -> Iterator[tuple[list[int], bool]]:
-    """Segments of ``length`` tokens and the one before, and whether a document begins.
+@dataclasses.dataclass(frozen=True)
+class Segment:
+    """A piece of a document.
+
+    Attributes:
+        ids: its tokens, after the one before.
+        begun: 1 if a document begins, else 0.
+    """
+
+    ids: list[int]
+    begun: int
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens are predicted."""
+        return max(0, len(self.ids) - 1)
+
+    def row(self, device: torch.device) -> Tensor:
+        """Tokens ``(1, n + 1)``."""
+        return torch.tensor([self.ids], device=device)
+
+    def pick(self, parts: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
+        """Of states ``(1, n, D)``: those that predict a token, ``(n, D)``, and the tokens."""
+        return [p[0] for p in parts], torch.tensor(self.ids[1:])
+
+
+def work(
+    documents: Iterable[tuple[str | Example, bool]],
+    tokenizer: Any,
+    length: int,
+    batch: int,
+    context: int,
+) -> Iterator[Segment | Batch]:
+    """Documents as segments of ``length`` tokens and examples as batches, in order."""
+    for examples, group in itertools.groupby(documents, lambda d: isinstance(d[0], Example)):
+        found: Any = group
+        if examples:
+            yield from batches((example for example, _ in found), tokenizer, batch, context)
+        else:
+            yield from segments(token_pieces(found, tokenizer), length)
+
+
+def segments(pieces: Iterator[tuple[list[int], bool, bool]], length: int) -> Iterator[Segment]:
+    """Segments of ``length`` tokens and the one before.
 
     Each token of a document but its first is predicted exactly once.
     """
@@ -95,8 +140,8 @@ def segments(
         held += ids
         place = 0
         while len(held) - place > length:
-            yield held[place : place + length + 1], fresh
+            yield Segment(held[place : place + length + 1], int(fresh))
             place, fresh = place + length, False
         held = held[place:]
         if ends and (len(held) > 1 or fresh):
-            yield held, fresh
+            yield Segment(held, int(fresh))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -146,3 +147,29 @@ def _named(model: nn.Module, name: str, number: int, width: int) -> Site:
             f"{width}"
         )
     return Site(number, name, (name,), shape[0], width)
+
+
+def find_attention(model: nn.Module) -> tuple[str, ...]:
+    """Paths of the blocks' attention modules, from the input up.
+
+    Raises:
+        ValueError: no blocks are recognised.
+    """
+    prefix, blocks = _blocks(model)
+    return tuple(
+        f"{prefix}.{i}.{next(n for n, m in block.named_modules() if n and _is_attention(n, m))}"
+        for i, block in enumerate(blocks)
+    )
+
+
+def contiguous_head(model: Any) -> Any:
+    """Hand the output embeddings contiguous inputs; returns the hook.
+
+    Models cut out the hidden states whose logits are asked for. In PyTorch 2.13 on CPUs, a linear
+    map without gradients of a cut-out batch is a hundred times slower than of its copy.
+    """
+    return model.get_output_embeddings().register_forward_pre_hook(_contiguous)
+
+
+def _contiguous(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (inputs[0].contiguous(), *inputs[1:])

@@ -32,8 +32,8 @@ class Chat:
     """The memory file (*.nlmem)."""
     learn: bool = False
     """Learn from every exchange, and save when leaving."""
-    lr: float = 1e-3
-    """Learning rate."""
+    lr: float | None = None
+    """Learning rate (default: what suits the memory)."""
     repeats: int = 4
     """Gradient steps on each segment."""
     max_new_tokens: int = 200

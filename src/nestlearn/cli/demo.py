@@ -37,7 +37,7 @@ class Demo:
     """Where the memory file is written; one that exists is replaced."""
     passes: int = 7
     """How often the text is read."""
-    lr: float = 1.5e-3
+    lr: float = 0.2
     """Learning rate."""
     report: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Only load the model and the memory file and print their answers as JSON (what the demo runs
@@ -70,7 +70,7 @@ class Demo:
         probe = tokenizer(UNRELATED, return_tensors="pt").input_ids.to(model.device)
         with torch.no_grad():
             original = model(probe).logits
-        nl.adapt(model, frozen=0.5)
+        nl.adapt(model)
         learner = nl.Learner(model, tokenizer, lr=self.lr)
         before = answers(learner)
 

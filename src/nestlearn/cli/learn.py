@@ -34,16 +34,16 @@ class Learn:
     """Periods of the levels in tokens; for a new memory."""
     method: Literal["added", "placement"] = "added"
     """Memories beside the MLPs, or the MLPs themselves as levels; for a new memory."""
-    rank: int = 256
-    """Keys per added memory; for a new memory."""
-    frozen: float = 0.5
+    slots: int = 4096
+    """Pairs that an added memory can hold; for a new memory."""
+    frozen: float | None = None
     """Share of the blocks, from the input up, that learn nothing; for a new memory."""
-    lr: float = 1e-3
-    """Learning rate."""
+    lr: float | None = None
+    """Learning rate (default: 0.2 for added memories, 1e-4 for placement)."""
     repeats: int = 4
     """Gradient steps on each segment: more keeps more of what is read, and takes longer."""
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    """Of every level."""
+    optimizer: Literal["rowadam", "adamw", "sgd"] | None = None
+    """Of every level (default: rowadam for added memories, adamw for placement)."""
     context: int | None = None
     """Tokens of a document that are seen at once."""
     text_column: str = "text"
@@ -109,7 +109,7 @@ class Learn:
     def _learner(self) -> Learner:
         return open_learner(
             self.model, self.memory, self.dtype, self.device,
-            {"periods": self.levels, "method": self.method, "rank": self.rank,
+            {"periods": self.levels, "method": self.method, "slots": self.slots,
              "frozen": self.frozen},
             lr=self.lr, optimizer=self.optimizer, repeats=self.repeats, context=self.context,
         )  # fmt: skip

@@ -42,7 +42,7 @@ def open_learner(
         base, tokenizer = load_pretrained(model, dtype, device)
         return Learner(adapt_to(base, memory), tokenizer, memory=memory, **settings)
     check_path(path)
-    options = {"periods": PERIODS, "frozen": 0.5, **(new or {})}
+    options = {"periods": PERIODS, **(new or {})}
     levels = [Level(period=p) for p in options.pop("periods")]
     base, tokenizer = load_pretrained(model, dtype, device)
     adapt(base, levels, **options)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -34,8 +34,7 @@ class Show:
                       markup=False)  # fmt: skip
         console.print(f"base model {memory.model or '(no name)'}, fingerprint {layout.base}",
                       markup=False)  # fmt: skip
-        kind = f"added, {layout.rank} keys each" if layout.method == "added" else layout.method
-        console.print(f"{kind}; {len(layout.shapes)} weights", markup=False)
+        console.print(_kind(memory), markup=False)
         console.print(
             "read " + ", ".join(f"{n:,} {name}" for name, n in memory.counts.items()), markup=False
         )
@@ -54,6 +53,20 @@ class Show:
             console.print(f"snapshot {i}: {_date(snapshot.created)}, {tokens:,} tokens, "
                           f"{snapshot.label}", markup=False)  # fmt: skip
         return 0
+
+
+def _kind(memory: Any) -> str:
+    """What it is, and how full."""
+    from nestlearn.adaptation.memory import WRITTEN
+
+    layout = memory.layout
+    if layout.method != "added":
+        return f"{layout.method}; {len(layout.shapes)} weights"
+    written = memory.changes.get(WRITTEN, {}).values()
+    used = sum(int(keys.any(-1).sum()) for keys in written)
+    slots = sum(shape[0] for name, shape in layout.shapes.items() if name in memory.fixed)
+    count = len(memory.fixed)
+    return f"{count} added memor{'ies' if count > 1 else 'y'}; {used:,} of {slots:,} slots in use"
 
 
 @dataclass

@@ -1,15 +1,22 @@
 """What continual learners are compared with: fine-tuning, LoRA, elastic weights, replay.
 
-All read documents one at a time with `FineTuning.learn` and change the model they are given.
+All read documents one at a time with `FineTuning.learn`, or tasks of (prompt, completion) examples
+with `FineTuning.learn_examples`, and change the model they are given.
 """
 
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from nestlearn.adaptation.examples import Example, collate, completion_loss
+from nestlearn.adaptation.sites import contiguous_head
+
+Pair = tuple[list[int], list[int]]
 
 
 class FineTuning:
@@ -22,16 +29,19 @@ class FineTuning:
             afterwards, which wraps it.
         tokenizer: its tokenizer.
         lr: learning rate.
-        repeats: gradient steps on each document.
+        repeats: gradient steps on each document; passes over the examples of a task.
         lora: rank of low-rank adapters on every linear map (peft); None trains all weights.
-        replay: chance that a step also trains on a document drawn from those read before.
+        replay: documents: chance that a step also trains on a document drawn from those read
+            before. Examples: share of every task that is kept; a step trains on its batch and on up
+            to as many kept examples of earlier tasks.
         ewc: weight of elastic weight consolidation (Kirkpatrick et al. 2017, in the online form of
             Schwarz et al. 2018): ``ewc / 2 * sum F (theta - theta*)^2`` is added to the loss. F is
             the diagonal Fisher information of ``anchor`` at the beginning plus that of every
-            document read, theta* the weights after the last document.
+            document (batch of examples) read, theta* the weights after the last document (task).
         anchor: general text ``(B, T)`` whose predictions are to stay; needed for ``ewc``.
         clip: largest norm of the gradient.
-        seed: of the replay.
+        batch: examples in a step.
+        seed: of the replay and of the examples' order.
 
     Raises:
         ValueError: ``ewc`` without ``anchor``, or with ``lora``.
@@ -49,6 +59,7 @@ class FineTuning:
         ewc: float = 0.0,
         anchor: Tensor | None = None,
         clip: float = 1.0,
+        batch: int = 16,
         seed: int = 0,
     ) -> None:
         if ewc and (anchor is None or lora is not None):
@@ -59,7 +70,9 @@ class FineTuning:
 
             config = peft.LoraConfig(r=lora, lora_alpha=2 * lora, target_modules="all-linear")
             self.model = peft.get_peft_model(model, config).eval()
+            contiguous_head(model)
         self.repeats, self.clip, self.replay, self.ewc = repeats, clip, replay, ewc
+        self.batch = batch
         self.weights = [p for p in self.model.parameters() if p.requires_grad]
         self.copies = [p.detach().float().clone() for p in self.weights]
         self.optimizer = torch.optim.AdamW(
@@ -67,6 +80,7 @@ class FineTuning:
         )
         self._random = random.Random(seed)
         self._read: list[Tensor] = []
+        self._kept: list[Pair] = []
         self._fisher: list[Tensor] | None = None
         if ewc and anchor is not None:
             self._fisher = self._information(anchor)
@@ -86,7 +100,39 @@ class FineTuning:
                 self._backward(self._random.choice(self._read))
             self._step()
         self._read.append(row)
-        if self._fisher is not None and squares is not None:
+        if squares is not None:
+            self._hold(squares)
+
+    def learn_examples(self, examples: Sequence[Example]) -> None:
+        """Learn a task: ``repeats`` passes over its examples in mini-batches, each in a new order;
+        the loss is on the completions only."""
+        pairs = [example.encode(self.tokenizer) for example in examples]
+        device = self.model.get_input_embeddings().weight.device
+        squares: list[Tensor] | None = None
+        for turn in range(self.repeats):
+            order = self._random.sample(pairs, len(pairs))
+            for start in range(0, len(order), self.batch):
+                chosen = order[start : start + self.batch]
+                count = min(len(self._kept), len(chosen))
+                replayed = self._random.sample(self._kept, count)
+                batch = collate(chosen + replayed).to(device)
+                completion_loss(self.model, batch).backward()
+                if self._fisher is not None and turn == self.repeats - 1:
+                    new = [_grad(p).float().square() for p in self.weights]
+                    if squares is None:
+                        squares = new
+                    else:
+                        torch._foreach_add_(squares, new)
+                self._step()
+        if self.replay:
+            kept = max(1, round(self.replay * len(pairs)))
+            self._kept += self._random.sample(pairs, min(kept, len(pairs)))
+        if squares is not None:
+            self._hold(squares)
+
+    def _hold(self, squares: list[Tensor]) -> None:
+        """Elastic weights hold on to what is known now."""
+        if self._fisher is not None:
             torch._foreach_add_(self._fisher, squares)
             self._anchors = [c.clone() for c in self.copies]
 

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 BASE = "pre-trained weights"
-MOMENTA = 2  # numbers that AdamW, the default, keeps per number that is learned
+MOMENTA = {"added": 1, "placement": 2, "readout": 0}
+"""Numbers that the method's usual optimizer keeps per number that is learned."""
 
 
 class AdaptedSystem(NestedSystem):
@@ -26,8 +27,9 @@ class AdaptedSystem(NestedSystem):
 
     Attributes:
         adaptation: the matched blocks and the weights that are learned.
-        level_bytes: per level, bytes of its changes and of AdamW's momenta, float32, once it
-            learns. What a level reads and what it adds to the forward pass is shared by all.
+        level_bytes: per level, bytes of its changes and of its optimizer's momenta, float32, once
+            it learns and every slot is taken. What a level reads and what it adds to the forward
+            pass is shared by all.
     """
 
     def __init__(self, adaptation: Adaptation, parameters: int) -> None:
@@ -46,7 +48,8 @@ class AdaptedSystem(NestedSystem):
             own = [n for n, t in adaptation.targets.items() if name in t.levels]
             count = sum(sizes[n] for n in own)
             learns = level.period != NEVER and level.eta > 0
-            self.level_bytes[name] = 4 * count * (1 + MOMENTA) if learns else 0
+            kept = 1 + MOMENTA[adaptation.method]
+            self.level_bytes[name] = 4 * count * kept if learns else 0
             blocks = sorted(
                 {s.block for s in adaptation.sites if set(own) & {s.output, *s.linears}}
             )
@@ -73,9 +76,9 @@ class AdaptedSystem(NestedSystem):
         targets = self.adaptation.targets.values()
         if self.adaptation.method == "placement":
             return sum(t.weight.nbytes for t in targets)
-        keys = self.adaptation.keys
+        fixed = self.adaptation.fixed
         size = next(iter(targets)).weight.element_size()
-        return sum(t.weight.nbytes for t in targets) + size * sum(k.numel() for k in keys.values())
+        return sum(t.weight.nbytes for t in targets) + size * sum(k.numel() for k in fixed.values())
 
     def tree(self) -> RenderableType:
         """The system, with what was matched and what it costs."""
@@ -96,7 +99,7 @@ class AdaptedSystem(NestedSystem):
         cost = tree.add("cost")
         cost.add(f"in the model: {self.added_bytes / 1e6:.1f} MB")
         for name, size in self.level_bytes.items():
-            cost.add(escape(f"{name}, once it learns: {size / 1e6:.1f} MB with AdamW"))
+            cost.add(escape(f"{name}, once it learns: up to {size / 1e6:.1f} MB with its momenta"))
         return tree
 
 

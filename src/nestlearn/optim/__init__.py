@@ -2,5 +2,6 @@
 
 from nestlearn.optim.groups import describe_levels, level_groups
 from nestlearn.optim.multirate import MultiRate, OptimizerLevel
+from nestlearn.optim.row_adam import RowAdam
 
-__all__ = ["MultiRate", "OptimizerLevel", "describe_levels", "level_groups"]
+__all__ = ["MultiRate", "OptimizerLevel", "RowAdam", "describe_levels", "level_groups"]
