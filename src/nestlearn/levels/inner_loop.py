@@ -23,6 +23,7 @@ from nestlearn.levels.transfer import (
     Backpropagation,
     DirectNonParametric,
     Episode,
+    Generation,
     Initialisation,
     Transfer,
 )
@@ -126,8 +127,8 @@ class TwoLevel(nn.Module):
     - ``Initialisation(slow, fast)``: the fast level starts from the slow level's parameters
       (Eq. 28; MAML). The slow module then has the fast one's parameters; by default it is the fast
       level's own module.
-    - ``Generation(slow, fast, generates="weights")``: it starts from ``slow(*context)``, a vector of
-      `InnerLoop.size` numbers (a hypernetwork). ``generates="context"``: it learns from
+    - ``Generation(slow, fast, generates="weights")``: it starts from ``slow(*context)``, a vector
+      of `InnerLoop.size` numbers (a hypernetwork). ``generates="context"``: it learns from
       ``slow(*context)`` instead of the context.
     - ``DirectParametric(fast, slow)``: the answer is ``slow(query, fast answer)`` (Eq. 24-26).
     - ``DirectNonParametric(fast, slow)``: the answer is ``slow(query, *context)`` (Eq. 27), and
@@ -144,8 +145,8 @@ class TwoLevel(nn.Module):
         slow: the slow level's module, where it is not the fast level's own.
         objective: of the slow level, ``objective(answer, *rest)``; default: the fast level's.
 
-    Shapes: ``forward(context, query)`` is one episode; ``loss(context, query)`` takes tensors with a
-    leading axis of episodes and gives the mean of the slow objective, to be differentiated.
+    Shapes: ``forward(context, query)`` is one episode; ``loss(context, query)`` takes tensors with
+    a leading axis of episodes and gives the mean of the slow objective, to be differentiated.
 
     Raises:
         ValueError: transfers that name more than two levels, contradict each other or the modules.
@@ -177,11 +178,10 @@ class TwoLevel(nn.Module):
                 )
             slow = fast.module
         self._check(fast, slow)
-        if fast is not None and fast.module is not slow:
-            # A template: never trained, but moved and saved with the rest.
-            template = copy.deepcopy(fast.module).requires_grad_(False)
-            fast = InnerLoop(template, fast.objective, fast.steps, fast.lr)
-            self.template = template
+        if fast is not None and self.starts_fixed:
+            # The same start every time: never trained, but moved and saved with the rest.
+            self.start = copy.deepcopy(fast.module).requires_grad_(False)
+            fast = InnerLoop(self.start, fast.objective, fast.steps, fast.lr)
         self.slow = slow
         self.fast = fast
         self.objective: Callable[..., Tensor] = objective or fast.objective  # type: ignore[union-attr]
@@ -189,6 +189,16 @@ class TwoLevel(nn.Module):
     def has(self, kind: type[Transfer]) -> bool:
         """Whether a transfer of this kind is among the transfers."""
         return any(isinstance(t, kind) for t in self.transfers)
+
+    @property
+    def starts_fixed(self) -> bool:
+        """Whether the fast level's start comes from no transfer."""
+        given = self.has(Initialisation) or self.generates("weights")
+        return not given and not self.has(DirectNonParametric)
+
+    def generates(self, what: str) -> bool:
+        """Whether the slow level generates the fast one's ``"weights"`` or ``"context"``."""
+        return any(isinstance(t, Generation) and t.generates == what for t in self.transfers)
 
     def _check(self, fast: InnerLoop | None, slow: nn.Module) -> None:
         bare = self.has(DirectNonParametric)
