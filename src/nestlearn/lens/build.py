@@ -300,11 +300,16 @@ class Builder:
             self.transfers.append(Backpropagation(slow, fast))
 
     def _valid(self) -> list[Transfer]:
-        """Without those whose ends share a level here, or are not in this system."""
+        """Without those whose ends share a level here, are not in this system, or are the wrong way
+        round for their kind (a memory that is written more rarely than the weights)."""
         trial = InspectedSystem(list(self.boxes.values()))
-        kept: list[Transfer] = []
-        for t in dict.fromkeys(self.transfers):
-            ends = [name for name in (t.source, t.target) if name in self.boxes]
-            if len(ends) == 2 and trial.level_of(t.source) != trial.level_of(t.target):
-                kept.append(t)
-        return kept
+
+        def fits(t: Transfer) -> bool:
+            if t.source not in self.boxes or t.target not in self.boxes:
+                return False
+            if t.faster is None:
+                return trial.level_of(t.source) != trial.level_of(t.target)
+            ends = (t.source, t.target) if t.faster == "source" else (t.target, t.source)
+            return trial.faster(*ends)
+
+        return [t for t in dict.fromkeys(self.transfers) if fits(t)]
