@@ -167,9 +167,7 @@ def test_periods_make_levels() -> None:
         {"weights (every 4 steps)": Fraction(1, 4)},
         {"weights (every step)": 1},
     ]
-    assert links(system) == {
-        ("backpropagation", "weights (every 4 steps)", "weights (every step)")
-    }
+    assert links(system) == {("backpropagation", "weights (every 4 steps)", "weights (every step)")}
 
 
 # -- memories in context -------------------------------------------------------------------------

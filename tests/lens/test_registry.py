@@ -106,7 +106,27 @@ def test_compositions_of_known_layers_need_no_recogniser() -> None:
     assert [box.name for box in system.boxes] == ["weights"]
 
 
-@pytest.mark.parametrize("kind", [HiddenMemory, InHelper, Decorated])
+class Disguised(nn.Sequential):
+    """A container by its base class only."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).cumsum(1)
+
+
+class DisguisedLayer(nn.Linear):
+    """A linear map by its base class only."""
+
+    def __init__(self) -> None:
+        super().__init__(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cumsum(x, 1) @ self.weight
+
+
+@pytest.mark.parametrize("kind", [HiddenMemory, InHelper, Decorated, Disguised, DisguisedLayer])
 def test_an_unknown_block_is_shown_and_not_guessed(kind: type[nn.Module]) -> None:
     model = nn.Sequential(Gated(), kind(), kind())
     system = nl.inspect(model, torch.optim.SGD(model.parameters()))

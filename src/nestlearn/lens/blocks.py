@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -38,8 +39,21 @@ _SHELLS = (
     nn.DataParallel,
     nn.parallel.DistributedDataParallel,
 )
-for _shell in _SHELLS:
-    register_module(_shell)(plain)
+
+
+def _kind(*classes: type[nn.Module]) -> Callable[[nn.Module], bool]:
+    """Instances whose forward pass is the library's: a subclass with its own may do anything."""
+
+    def match(module: nn.Module) -> bool:
+        if not isinstance(module, classes):
+            return False
+        author = next(c for c in type(module).__mro__ if "forward" in vars(c))
+        return author.__module__.split(".")[0] in ("torch", "transformers", "peft", "accelerate")
+
+    return match
+
+
+register_module(_kind(*_SHELLS))(plain)
 
 
 def _is_plain_leaf(module: nn.Module) -> bool:
@@ -50,14 +64,14 @@ def _is_plain_leaf(module: nn.Module) -> bool:
 
 register_module(_is_plain_leaf)(plain)
 
-_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.PReLU)
-for _norm in _NORMS:
-    register_module(_norm)(plain)
-for _table in (nn.Embedding, nn.EmbeddingBag):
-    register_module(_table)(plain)  # rows are looked up: no arithmetic
+# Norms have no products; of tables, rows are looked up.
+_WITHOUT_PRODUCTS = (
+    nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.PReLU, nn.Embedding, nn.EmbeddingBag,
+)  # fmt: skip
+register_module(_kind(*_WITHOUT_PRODUCTS))(plain)
 
 
-@register_module(nn.modules.batchnorm._NormBase)
+@register_module(_kind(nn.modules.batchnorm._NormBase))
 def _batch_norm(module: Any, scope: Scope) -> Found:
     """Running statistics are written by the forward pass: a memory of the activations."""
     if not (scope.training and module.track_running_stats):
@@ -83,24 +97,24 @@ def _batch_norm(module: Any, scope: Scope) -> Found:
     )
 
 
-@register_module(nn.Linear)
+@register_module(_kind(nn.Linear))
 def _linear(module: nn.Linear, scope: Scope) -> Found:
     # Children: what nestlearn.adapt hung beside it.
     return Found(flops=matrix_flops([module.weight]), children=True)
 
 
-@register_module(nn.Bilinear)
+@register_module(_kind(nn.Bilinear))
 def _bilinear(module: nn.Bilinear, scope: Scope) -> Found:
     return Found(flops={module.weight: None})
 
 
-@register_module(nn.modules.conv._ConvNd)
+@register_module(_kind(nn.modules.conv._ConvNd))
 def _convolution(module: Any, scope: Scope) -> Found:
     """Per output position: each weight is used once (of a transposed one: per input position)."""
     return Found(flops=matrix_flops([module.weight]))
 
 
-@register_module(nn.MultiheadAttention)
+@register_module(_kind(nn.MultiheadAttention))
 def _multihead(module: nn.MultiheadAttention, scope: Scope) -> Found:
     """Queries, keys and values of the same length; the cache is what keys and values take."""
     size = module.out_proj.weight.element_size()
@@ -141,7 +155,7 @@ def attention_box(
     )
 
 
-@register_module(nn.RNNBase)
+@register_module(_kind(nn.RNNBase))
 def _recurrent(module: nn.RNNBase, scope: Scope) -> Found:
     width, copies = module.hidden_size, module.num_layers * (1 + module.bidirectional)
     state = {"LSTM": ("h", "c")}.get(type(module).__name__, ("h",))

@@ -50,7 +50,7 @@ def _two_level(module: TwoLevel, scope: Scope) -> Found:
         tuple(n for n, _ in loop.module.named_parameters()),
         max(1, loop.steps),
         f"gradient descent, {steps} of {loop.lr:g}" if loop.steps else "generated, no steps",
-        "yes: through every step" if through else "first order: its steps are constants",
+        _differentiated(loop.steps, through),
         per="sample",
         state_bytes=sum(p.numel() * p.element_size() for p in loop.module.parameters()),
         flops=forward_flops(loop.module, scope),
@@ -71,3 +71,9 @@ def _name_of(function: Any) -> str:
     if isinstance(function, nn.Module):
         return type(function).__name__
     return getattr(function, "__name__", type(function).__name__)
+
+
+def _differentiated(steps: int, through: bool) -> str:
+    if not steps:
+        return "yes: into what generates it"
+    return "yes: through every step" if through else "first order: its steps are constants"

@@ -100,6 +100,8 @@ class InnerLoop:
         for _ in range(self.steps):
             at = learned if through else {name: p.detach() for name, p in learned.items()}
             slope = grad(self.loss)(at, context)
+            if not through:  # the context may come from a graph as well
+                slope = {name: g.detach() for name, g in slope.items()}
             learned = {name: p - self.lr * slope[name] for name, p in learned.items()}
         return learned
 
@@ -213,6 +215,11 @@ class TwoLevel(nn.Module):
             raise ValueError(
                 "the slow module does one thing: hold the initial state, generate or answer; for "
                 "more, combine them in a module of your own"
+            )
+        if self.generates("context") and not (self.has(Backpropagation) and fast and fast.steps):
+            raise ValueError(
+                "a generated context reaches the answer through the fast level's steps only: add "
+                "Backpropagation(slow, fast), and steps >= 1"
             )
         if fast is not None and self.has(Initialisation):
             wanted = {n: p.shape for n, p in fast.module.named_parameters()}
