@@ -37,7 +37,7 @@ def net() -> nn.Module:
     return nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 1)).double()
 
 
-# -- the inner loop --------------------------------------------------------------------------------
+# -- the inner loop ------------------------------------------------------------------------------
 
 
 def test_steps_are_gradient_descent() -> None:
@@ -64,7 +64,7 @@ def test_a_vector_becomes_parameters_in_order() -> None:
         loop.unflatten(flat[1:])
 
 
-# -- initialisation: MAML ---------------------------------------------------------------------------
+# -- initialisation: MAML ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("through", [True, False])
@@ -112,7 +112,7 @@ def test_another_module_may_hold_the_initial_state() -> None:
     assert all(p.grad is None for p in module.parameters())
 
 
-# -- the other kinds ------------------------------------------------------------------------------
+# -- the other kinds -----------------------------------------------------------------------------
 
 
 class Reads(nn.Module):
@@ -209,7 +209,7 @@ def test_direct_non_parametric() -> None:
     assert slow.q.weight.grad is not None
 
 
-# -- what the lens sees -----------------------------------------------------------------------------
+# -- what the lens sees --------------------------------------------------------------------------
 
 
 def seen(system: TwoLevel, **sgd: Any) -> tuple[list[dict[str, Any]], set[tuple[str, str, str]]]:
@@ -266,7 +266,7 @@ def test_direct_transfers_are_seen() -> None:
     assert links == {("direct non-parametric", "context", "reader")}
 
 
-# -- mistakes ---------------------------------------------------------------------------------------
+# -- mistakes ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
