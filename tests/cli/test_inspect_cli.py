@@ -68,7 +68,7 @@ def test_table_and_picture(run: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     picture = tmp_path / "hope.png"
     assert main(["inspect", str(run), "--table", "--picture", str(picture)]) == 0
     out = capsys.readouterr().out
-    assert "frequency" in out and "projection memories" in out
+    assert "frequency" in out and "CMS level2" in out
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 

@@ -221,7 +221,7 @@ def test_users_teach_optimizers() -> None:
     system = nl.inspect(model, Signs(model.parameters()))
     assert [{b.name: b.frequency for b in level} for level in system.levels] == [
         {"slow trace": Fraction(1, 4)},
-        {"weights (Signs, with trace, slow trace)": 1, "weights (Signs, with no memory)": 1},
+        {"weights (with trace, slow trace)": 1, "weights (with no memory)": 1},
         {"trace": 1},
     ]
     assert system["trace"].state_bytes == 5 and system["slow trace"].state_bytes == 24

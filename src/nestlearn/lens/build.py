@@ -94,16 +94,16 @@ class Builder:
             idle += self.training and p.requires_grad and update is None
             name = WEIGHTS if label is None else label.name
             stated = None if label is None else label.objective
-            memories: tuple[str, ...] | None = ()
-            if update is not None and period != NEVER:
-                kept = update.memories
-                memories = None if kept is None else tuple(m.name for m in kept)
+            rule = None if update is None or period == NEVER else update.rule
+            if stated is None and rule is not None:
+                stated = rule.objective
             kind = Kind(
                 name,
                 self.objective if stated is None else stated,
                 period,
                 update.optimizer if update is not None and period != NEVER else "",
-                memories,
+                "unknown" if rule is None else rule.solver,
+                () if rule is None else tuple(m.name for m in rule.memories),
             )
             kinds.setdefault(kind, []).append(p)
             wish = None if label is None else label.period
@@ -130,8 +130,7 @@ class Builder:
         elif still:
             solver, context = "frozen", "what it was trained on"
         else:
-            how = "unknown" if kind.memories is None else "gradient descent"
-            solver = f"{how} ({kind.optimizer})"
+            solver = f"{kind.solver} ({kind.optimizer})"
             context = "training data"
             if kind.period > 1:
                 context += f", gradients of {kind.period:,} steps gathered"
@@ -160,13 +159,13 @@ class Builder:
             slow = self.owner[p]
             if self.boxes[slow].frequency == 0:
                 continue
-            if update.memories is None:
+            if update.rule is None:
                 held = strangers.setdefault(update.optimizer, {})
                 for entry, value in update.state.items():
                     if isinstance(value, Tensor):
                         held[entry] = held.get(entry, 0) + value.numel() * value.element_size()
                 continue
-            for memory in update.memories:
+            for memory in update.rule.memories:
                 place = (memory.name, update.optimizer, update.period, memory.period)
                 merged.setdefault(place, []).append((memory, update, p, slow))
         self._strange(strangers)
@@ -179,7 +178,7 @@ class Builder:
             box = Box(
                 names[key],
                 memory.objective,
-                "gradients of " + ", ".join(users),
+                "gradients of " + ", ".join(users) + _summed(memory.period),
                 memory.state,
                 Fraction(1, update.period * memory.period),
                 memory.solver,
@@ -313,3 +312,7 @@ class Builder:
             return trial.faster(*ends)
 
         return [t for t in dict.fromkeys(self.transfers) if fits(t)]
+
+
+def _summed(period: int) -> str:
+    return f", summed over {period:,} steps" if period > 1 else ""

@@ -145,6 +145,21 @@ class Memory:
 
 
 @dataclasses.dataclass(frozen=True)
+class Rule:
+    """How an optimizer updates one parameter.
+
+    Args:
+        memories: what it remembers of the gradients; none: gradient descent.
+        objective: what the parameter minimises, where that is not the task's loss itself.
+        solver: name of the rule.
+    """
+
+    memories: tuple[Memory, ...] = ()
+    objective: str | None = None
+    solver: str = "gradient descent"
+
+
+@dataclasses.dataclass(frozen=True)
 class Unknown:
     """Something that the lens does not know, and does not guess at."""
 

@@ -23,22 +23,24 @@ class Kind:
     objective: str
     period: int
     optimizer: str
-    memories: tuple[str, ...] | None
+    solver: str
+    memories: tuple[str, ...]
 
 
 def distinct(kind: Kind, kinds: Collection[Kind]) -> str:
     """The kind's name, with as much more as it takes to tell it from the others."""
+
+    def said(k: Kind) -> tuple[str, ...]:
+        kept = "with " + (", ".join(k.memories) or "no memory")
+        return every(k.period), k.optimizer, kept, k.solver, k.objective
+
     same = [k for k in kinds if k.name == kind.name]
-    if len(same) == 1:
-        return kind.name
     words = []
-    if len({k.period for k in same}) > 1:
-        words.append(_every(kind.period))
-    if sum(k.period == kind.period for k in same) > 1:
-        words.append(kind.optimizer)
-        if sum((k.period, k.optimizer) == (kind.period, kind.optimizer) for k in same) > 1:
-            words.append("with " + (", ".join(kind.memories or ()) or "no memory"))
-    return f"{kind.name} ({', '.join(w for w in words if w)})"
+    for i, word in enumerate(said(kind)):
+        if any(said(k)[i] != word for k in same):
+            words.append(word)
+            same = [k for k in same if said(k)[i] == word]
+    return f"{kind.name} ({', '.join(w for w in words if w)})" if words else kind.name
 
 
 def memory_name(key: MemoryKey, keys: Sequence[MemoryKey]) -> str:
@@ -48,11 +50,11 @@ def memory_name(key: MemoryKey, keys: Sequence[MemoryKey]) -> str:
     if len({k[1] for k in same}) > 1:
         words.append(optimizer)
     if len({k[2] for k in same if k[1] == optimizer}) > 1:
-        words.append(_every(period))
+        words.append(every(period))
     return f"{name} ({', '.join(words)})" if words else name
 
 
-def _every(period: int) -> str:
+def every(period: int) -> str:
     if period == NEVER:
         return "frozen"
     return f"every {period:,} steps" if period > 1 else "every step"

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from nestlearn.lens.findings import Memory
-from nestlearn.lens.registry import memories_of, register_optimizer
+from nestlearn.lens.findings import Memory, Rule
+from nestlearn.lens.registry import register_optimizer, rule_of
 from nestlearn.levels.clock import NEVER
 from nestlearn.optim.multirate import MultiRate
 
@@ -35,15 +35,14 @@ class Update:
     Attributes:
         optimizer: name of the class that does it.
         period: optimizer steps between two updates; `NEVER`: frozen.
-        memories: what is kept of its gradients, with the sizes of this parameter; None: the
-            optimizer is not known.
+        rule: how; None: the optimizer is not known.
         state: state of this parameter, so far, by key.
         accumulated: bytes that a slow level gathers gradients in.
     """
 
     optimizer: str
     period: int
-    memories: tuple[Memory, ...] | None
+    rule: Rule | None
     state: dict[str, Any]
     accumulated: int = 0
 
@@ -72,13 +71,12 @@ def updates_of(optimizers: Sequence[Optimizer]) -> dict[Tensor, Update]:
                         f"a parameter of shape {tuple(p.shape)} is in {found[p].optimizer} and in "
                         f"{type(optimizer).__name__}; give each parameter to one optimizer"
                     )
-                memories = memories_of(optimizer, group, p)
                 rare = 1 < period < NEVER
                 size = torch.promote_types(p.dtype, torch.float32).itemsize
                 found[p] = Update(
                     type(optimizer).__name__,
                     period,
-                    None if memories is None else tuple(memories),
+                    rule_of(optimizer, group, p),
                     dict(optimizer.state.get(p, {})),
                     size * p.numel() if rare else 0,
                 )

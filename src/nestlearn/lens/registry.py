@@ -8,10 +8,10 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from nestlearn.lens.findings import Found, Memory, Scope
+from nestlearn.lens.findings import Found, Memory, Rule, Scope
 
 ModuleRecogniser = Callable[[Any, Scope], Found | None]
-OptimizerRecogniser = Callable[[Any, dict[str, Any], Tensor], Sequence[Memory] | None]
+OptimizerRecogniser = Callable[[Any, dict[str, Any], Tensor], Sequence[Memory] | Rule | None]
 Match = type | Callable[[Any], bool]
 
 _MODULES: list[tuple[Match, ModuleRecogniser]] = []
@@ -54,7 +54,8 @@ def register_optimizer(
 
     Returns:
         A decorator for a function ``(optimizer, group, parameter) -> memories`` (a sequence of
-        `nestlearn.lens.Memory`; empty: plain gradient descent), or None if it is another kind.
+        `nestlearn.lens.Memory`; empty: plain gradient descent), or a `nestlearn.lens.Rule` where
+        the parameter has another objective than the task's; or None if it is another kind.
 
     Example:
         >>> class Heavy(torch.optim.SGD): ...
@@ -76,15 +77,13 @@ def recognise(module: nn.Module, scope: Scope) -> Found | None:
     return None
 
 
-def memories_of(
-    optimizer: Optimizer, group: dict[str, Any], parameter: Tensor
-) -> Sequence[Memory] | None:
-    """What an optimizer keeps of a parameter's gradients; None: nobody knows the optimizer."""
+def rule_of(optimizer: Optimizer, group: dict[str, Any], parameter: Tensor) -> Rule | None:
+    """How an optimizer updates a parameter; None: nobody knows the optimizer."""
     for match, recogniser in reversed(_OPTIMIZERS):
         if _matches(match, optimizer):
             found = recogniser(optimizer, group, parameter)
             if found is not None:
-                return found
+                return found if isinstance(found, Rule) else Rule(tuple(found))
     return None
 
 

@@ -11,7 +11,7 @@ from nestlearn.levels.system import Box, NestedSystem, cost_text, frequency_text
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-WIDTH, HEIGHT, GAP = 3.6, 1.9, 1.3  # inches: a box, and the room between two rows
+WIDTH, HEIGHT, GAP = 3.6, 1.5, 1.2  # inches: a box, and the room between two rows
 COLOURS = {
     "direct parametric": "tab:blue",
     "direct non-parametric": "tab:cyan",
@@ -89,7 +89,7 @@ def _box(axes: Any, x: float, y: float, box: Box) -> None:
     text = "\n".join(lines).replace("$", r"\$")
     axes.text(x, y + HEIGHT / 2 - 0.06, shorten(box.name, 1).replace("$", r"\$"), ha="center",
               va="top", fontsize=9, fontweight="bold", zorder=3)  # fmt: skip
-    axes.text(x, y - 0.12, text, ha="center", va="center", fontsize=6.5, zorder=3)
+    axes.text(x, y - 0.12, text, ha="center", va="center", fontsize=7, zorder=3)
 
 
 def shorten(text: str, lines: int, width: int = 58) -> str:
@@ -117,7 +117,8 @@ def _arrows(axes: Any, system: NestedSystem, centres: dict[str, tuple[float, flo
             arrowprops={"arrowstyle": "-|>", "color": colour,
                         "connectionstyle": f"arc3,rad={bend}", "shrinkA": 0, "shrinkB": 0},
         )  # fmt: skip
-        share = 0.3 + 0.2 * (index % 3)
+        # The label stands in the room next to the start, clear of the boxes.
+        share = (0.25 + 0.25 * (index % 3)) * GAP / max(GAP, abs(end[1] - start[1]))
         axes.text(
             start[0] + share * (end[0] - start[0]), start[1] + share * (end[1] - start[1]),
             transfer.label, color=colour, fontsize=6.5, ha="center", va="center", zorder=5,
