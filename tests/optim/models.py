@@ -14,7 +14,8 @@ class TinyLM(nn.Module):
         super().__init__()
         self.embed = nn.Embedding(vocabulary, width)
         self.norm = nn.LayerNorm(width)
-        self.qkv = nn.Linear(width, 3 * width)
+        # Without bias: that of the keys has no gradient but rounding, whose sign is chance.
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.out = nn.Linear(width, width)
         self.up = nn.Linear(width, 2 * width)
         self.down = nn.Linear(2 * width, width)

@@ -1,6 +1,7 @@
 """Optimizers: learning rules applied to gradients, each level on its own clock."""
 
 from nestlearn.optim.associative import AssociativeMomentum
+from nestlearn.optim.deep import DeepMomentum
 from nestlearn.optim.delta import DeltaMomentum
 from nestlearn.optim.generalized import DGD, GeneralizedGD
 from nestlearn.optim.groups import describe_levels, level_groups
@@ -13,6 +14,7 @@ from nestlearn.optim.presets import PRESETS, Design
 __all__ = [
     "DGD",
     "AssociativeMomentum",
+    "DeepMomentum",
     "DeltaMomentum",
     "GeneralizedGD",
     "M3",

@@ -144,7 +144,9 @@ class AssociativeMomentum(GradientOptimizer):
         early: list[Tensor] = []
         if group["readout"] == "before":
             early = list(torch._foreach_lerp(keys, ms, group["read_retention"]))
-        if group["objective"] == "dot":
+        if group["objective"] == "dot" and group["rate"] is None:
+            torch._foreach_lerp_(ms, keys, 1 - alpha)
+        elif group["objective"] == "dot":
             torch._foreach_mul_(ms, alpha)
             torch._foreach_add_(ms, keys, alpha=eta)
         else:
@@ -158,7 +160,9 @@ class AssociativeMomentum(GradientOptimizer):
             return early
         if group["readout"] == "nadam":
             return self._nadam(group, params, ms, keys, counts)
-        if group["readout"] == "nesterov":
+        if group["readout"] == "nesterov" and group["rate"] is None:
+            read = torch._foreach_lerp(keys, ms, alpha)
+        elif group["readout"] == "nesterov":
             read = torch._foreach_add(torch._foreach_mul(ms, alpha), keys, alpha=eta)
         else:
             read = torch._foreach_mul(ms, 1)
@@ -183,9 +187,9 @@ class AssociativeMomentum(GradientOptimizer):
             then = beta * (1 - 0.5 * 0.96 ** ((t + 1) * decay))
             product = self.state[p]["momentum_product"]
             product *= now
-            first = ((1 - now) / (1 - product)).to(key.dtype)
-            second = (then / (1 - product * then)).to(key.dtype)
-            read.append(key * first + m * second)
+            if not group["capturable"]:
+                product = product.item()
+            read.append(key * ((1 - now) / (1 - product)) + m * (then / (1 - product * then)))
         return read
 
     def _preconditioned(
