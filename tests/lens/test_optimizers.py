@@ -114,6 +114,20 @@ def test_presets(preset: str, expected: list[dict[str, int]], objectives: dict[s
     assert held(optimizer) == system.state_bytes
 
 
+@pytest.mark.parametrize("depth", [1, 3])
+def test_deep_momentum_is_a_network(depth: int) -> None:
+    model = mlp()
+    optimizer = nl.optim.DeepMomentum(model, depth=depth, width=5)
+    system = nl.inspect(model, optimizer)
+    assert levels(system) == [
+        {"weights (with deep momentum)": 1, "weights (with momentum)": 1},
+        {"deep momentum": 1, "momentum": 1},
+    ]
+    assert system["deep momentum"].objective.startswith("-<m(k), v>, k = v = g / |g|")
+    step(model, optimizer)
+    assert held(optimizer) == system.state_bytes == nl.inspect(model, optimizer).state_bytes
+
+
 def test_order_inside_an_optimizer() -> None:
     """Preconditioned before it is written (Eq. 47), the momentum needs the second moment of the
     same step; AdaMuon's second moment sees what the momentum answers, and needs that."""
@@ -138,6 +152,9 @@ def test_order_inside_an_optimizer() -> None:
         lambda p: nl.optim.AssociativeMomentum(p, preset="shampoo"),
         lambda p: nl.optim.AssociativeMomentum(p, preset="adagrad_full"),
         lambda p: nl.optim.M3(p, alpha=0.0),
+        lambda p: nl.optim.DeepMomentum(p),
+        lambda p: nl.optim.DeepMomentum(p, depth=1, objective="l2"),
+        lambda p: nl.optim.DeepMomentum(p, depth=3, width=5, output="newton_schulz"),
     ],
 )
 def test_products_of_a_step(make: Any, shape: tuple[int, int]) -> None:
@@ -148,9 +165,11 @@ def test_products_of_a_step(make: Any, shape: tuple[int, int]) -> None:
     own = nl.inspect(model, optimizer, tokens=1).flops_per_token - 2 * model.weight.numel()
     with FlopCounterMode(display=False) as counter:
         optimizer.step()
-    # Matrix times vector is stated, but not counted by torch.
-    vector = 2 * model.weight.numel() ** 2 if "outer" in optimizer.state[model.weight] else 0
-    assert counter.get_total_flops() == own - vector
+    # Stated, but not counted by torch: matrix times vector, and products added in place.
+    state = optimizer.state[model.weight]
+    vector = 2 * model.weight.numel() ** 2 if "outer" in state else 0
+    in_place = sum(2 * shape[0] * t.numel() for k, t in state.items() if k.startswith("weight_"))
+    assert counter.get_total_flops() == own - vector - in_place
 
 
 def test_hope_trained_with_m3_on_level_clocks() -> None:

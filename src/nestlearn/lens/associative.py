@@ -12,12 +12,15 @@ from nestlearn.lens.optimizers import (
     AVERAGE,
     DOT,
     MEAN,
+    NEWTON_SCHULZ,
     SQUARE,
     SUM_OF_SQUARES,
     newton_schulz_flops,
 )
 from nestlearn.lens.registry import register_optimizer
+from nestlearn.memory.structures import weight_shapes
 from nestlearn.optim.associative import AssociativeMomentum
+from nestlearn.optim.deep import DeepMomentum
 from nestlearn.optim.delta import DeltaMomentum
 from nestlearn.optim.generalized import GeneralizedGD
 from nestlearn.optim.m3 import M3
@@ -161,3 +164,28 @@ def _second(group: dict[str, Any], p: Tensor, name: str, first: str) -> Memory:
         held += columns * columns
     objective = "-<L, g g^T> - <R, g^T g>"
     return Memory(name, objective, ("left", "right"), how, bytes=size * held, flops=flops)
+
+
+@register_optimizer(DeepMomentum)
+def _deep(optimizer: DeepMomentum, group: dict[str, Any], p: Tensor) -> Sequence[Memory]:
+    """A network per matrix that rows of gradients are written into (Eq. 50, 52)."""
+    if p.ndim < 2:
+        return (Memory("momentum", DOT, ("momentum_buffer",), _retained(group["momentum"])),)
+    rows, columns = _sides(p)
+    depth = group["depth"]
+    shapes = weight_shapes(columns, columns, depth, group["width"] or min(columns, 64))
+    sizes = [out * into for out, into in shapes]
+    total, first = sum(sizes), sizes[0]
+    # Per row of the gradient: forward, backward, outer products, and the answer that is read.
+    flops = float(rows * (2 * total + 2 * (total - first) + 2 * total + 2 * total))
+    solver = f"gradient descent, step {group['inner_lr']:g}, retention {group['retention']:g}"
+    if group["output"] == "newton_schulz":
+        flops += newton_schulz_flops(p.flatten(1), NEWTON_SCHULZ)
+        solver += f"; read through {NEWTON_SCHULZ} Newton-Schulz steps"
+    text = {"dot": "-<m(k), v>", "l2": "1/2 |m(k) - v|^2"}[group["objective"]]
+    value = "k = v = g / |g|" if group["value"] == "gradient" else "k = g / |g|, v = 1"
+    state = [f"weight_{i}" for i in range(depth)] + [f"initial_{i}" for i in range(depth - 1)]
+    held = (2 * total - sizes[-1]) * p.element_size()
+    name = "deep momentum"
+    objective = f"{text}, {value}, g the gradient"
+    return (Memory(name, objective, tuple(state), solver, bytes=held, flops=flops),)
