@@ -135,7 +135,6 @@ def test_flops_of_newton_schulz() -> None:
     weight.grad = torch.randn(24, 16)
     model = nn.Module()
     model.weight = weight
-    nl.lens.register_module(lambda module: module is model)(nl.lens.plain)
     optimizer = torch.optim.Muon([weight])
     flops = nl.inspect(model, optimizer, tokens=1)["momentum"].flops_per_token
     assert counted(optimizer.step) == flops

@@ -143,6 +143,39 @@ def test_an_unknown_block_is_shown_and_not_guessed(kind: type[nn.Module]) -> Non
     assert data["unknown"][0]["where"] == ["1", "2"] and data["flops_per_token"] is None
 
 
+class Fused(nn.Module):
+    """Somebody's own attention, through torch's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(4, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unsqueeze(1).chunk(3, -1)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True).squeeze(1)
+
+
+class FusedAndMore(Fused):
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unsqueeze(1).chunk(3, -1)
+        return F.scaled_dot_product_attention(q, k, v).squeeze(1).cumsum(1)
+
+
+def test_attention_of_somebody_s_own() -> None:
+    system = nl.inspect(Fused())
+    assert system["attention"].frequency == float("inf") and system.unknown == ()
+    assert system["attention"].flops_per_token is None  # how many heads, only its author knows
+    (unknown,) = nl.inspect(FusedAndMore()).unknown
+    assert "besides attention its forward pass uses 'cumsum'" in unknown.reason
+
+
+def test_a_module_without_a_forward_pass_only_holds_others() -> None:
+    holder = nn.Module()
+    holder.inside = HiddenMemory()
+    holder.weight = nn.Parameter(torch.ones(2))
+    assert [u.where for u in nl.inspect(holder).unknown] == [("inside",)]
+
+
 def test_an_unknown_shell_has_known_children() -> None:
     model = Shell(Gated(), Gated())
     system = nl.inspect(model)

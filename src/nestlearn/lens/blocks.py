@@ -9,10 +9,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from nestlearn.lens.findings import FastBox, Found, Scope, matrix_flops, tensors
-from nestlearn.lens.forward import uses
+from nestlearn.lens.forward import foreign_name, uses
 from nestlearn.lens.registry import register_module
 
 SOFTMAX = "sum_i s(q, k_i) |v_i - y|^2 (Eq. 62)"
+FUSED = "scaled_dot_product_attention"
 WINDOWED = "sum_i s(q, k_i) |v_i - y|^2 over a window (Eq. 63)"
 
 
@@ -180,12 +181,15 @@ def _recurrent(module: nn.RNNBase, scope: Scope) -> Found:
 # -- any library -------------------------------------------------------------------------------
 
 
-@register_module(lambda module: uses(module, "scaled_dot_product_attention"))
+@register_module(lambda module: uses(module, FUSED))
 def _fused_attention(module: nn.Module, scope: Scope) -> Found:
     """A module of somebody's own that calls torch's attention; heads and caches are its affair."""
     size = next((p.element_size() for p in module.parameters()), 4)
     box = attention_box(scope.tokens, None, None, size, tensors(module))
-    return Found(fast=(box,), children=True)
+    more = foreign_name(module, (FUSED,))
+    library = type(module).__module__.split(".")[0] in ("torch", "transformers")
+    unknown = f"besides attention its forward pass uses {more!r}" if more and not library else ""
+    return Found(fast=(box,), children=True, unknown=unknown)
 
 
 def _from(package: str) -> Any:

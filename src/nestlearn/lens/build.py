@@ -289,14 +289,13 @@ class Builder:
             for transfer in box.transfers:
                 if transfer not in self.transfers:
                     self.transfers.append(transfer)
-        by_frequency: dict[Frequency, str] = {}
+        by_frequency: dict[Frequency, list[str]] = {}
         for name in self.groups:
-            frequency = self.boxes[name].frequency
-            if frequency:
-                by_frequency.setdefault(frequency, name)
+            if self.boxes[name].frequency:
+                by_frequency.setdefault(self.boxes[name].frequency, []).append(name)
         chain = [by_frequency[f] for f in sorted(by_frequency)]
-        for slow, fast in zip(chain, chain[1:], strict=False):
-            self.transfers.append(Backpropagation(slow, fast))
+        for slower, faster in zip(chain, chain[1:], strict=False):
+            self.transfers += [Backpropagation(a, b) for a in slower for b in faster]
 
     def _valid(self) -> list[Transfer]:
         """Without those whose ends share a level here, are not in this system, or are the wrong way

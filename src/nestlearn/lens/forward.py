@@ -9,8 +9,9 @@ product or a sum over tokens for instance, is a reason not to know the class.
 from __future__ import annotations
 
 import dis
+import functools
 import inspect
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from types import CodeType
 from typing import Any
 
@@ -27,16 +28,22 @@ _PYTHON = """torch F nn functional math Tensor len range enumerate zip isinstanc
     super items values keys append self training config cast Any is_available cuda checkpoint"""
 ALLOWED = frozenset(f"{_ACTIVATIONS} {_SHAPES} {_PYTHON}".split())
 
-_LOADS = {"LOAD_GLOBAL", "LOAD_NAME", "LOAD_ATTR", "LOAD_METHOD", "IMPORT_NAME"}
+_LOADS = {
+    "LOAD_GLOBAL", "LOAD_NAME", "LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR", "IMPORT_NAME",
+}  # fmt: skip
 
 
-def foreign_name(module: nn.Module) -> str | None:
+def foreign_name(module: nn.Module, known: Collection[str] = ()) -> str | None:
     """The first thing in a module's forward pass that is not known to act token by token, or None.
 
+    Names in ``known`` are accepted as well. A module without a forward pass only holds others.
+
     Example:
-        >>> foreign_name(nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2), 1)) is None
-        False
+        >>> foreign_name(nn.Softmax())
+        'softmax'
     """
+    if type(module).forward is nn.Module.forward:
+        return None
     seen: set[CodeType] = set()
     nested: set[CodeType] = set()  # functions inside these methods: their closure is examined too
     pending = [_code(type(module).forward)]
@@ -48,7 +55,7 @@ def foreign_name(module: nn.Module) -> str | None:
             continue
         seen.add(code)
         for name in (*_names(code), *(() if code in nested else _closure(code))):
-            if name in ALLOWED or _is_own(module, name):
+            if name in ALLOWED or name in known or _is_own(module, name):
                 continue
             own = inspect.getattr_static(type(module), name, None)
             if isinstance(own, property | staticmethod | classmethod):
@@ -64,8 +71,13 @@ def foreign_name(module: nn.Module) -> str | None:
 
 def uses(module: nn.Module, *names: str) -> bool:
     """Whether the class's own forward pass names one of these."""
-    code = _code(type(module).forward)
-    return code is not None and any(name in names for name in _names(code))
+    return not _named_in(type(module)).isdisjoint(names)
+
+
+@functools.cache
+def _named_in(kind: type[nn.Module]) -> frozenset[str]:
+    code = _code(kind.forward)
+    return frozenset() if code is None else frozenset(_names(code))
 
 
 def _code(function: Any) -> CodeType | None:

@@ -100,6 +100,8 @@ def shorten(text: str, lines: int, width: int = 58) -> str:
 def _arrows(axes: Any, system: NestedSystem, centres: dict[str, tuple[float, float]]) -> None:
     """One arrow per transfer; several between the same two boxes side by side."""
     between: dict[frozenset[str], int] = {}
+    leaving = {box.name: [t for t in system.transfers if t.source == box.name]
+               for box in system.boxes}  # fmt: skip
     for transfer in system.transfers:
         pair = frozenset((transfer.source, transfer.target))
         index = between.get(pair, 0)
@@ -117,8 +119,9 @@ def _arrows(axes: Any, system: NestedSystem, centres: dict[str, tuple[float, flo
             arrowprops={"arrowstyle": "-|>", "color": colour,
                         "connectionstyle": f"arc3,rad={bend}", "shrinkA": 0, "shrinkB": 0},
         )  # fmt: skip
-        # The label stands in the room next to the start, clear of the boxes.
-        share = (0.25 + 0.25 * (index % 3)) * GAP / max(GAP, abs(end[1] - start[1]))
+        # Labels stand in the room next to their start, clear of boxes, at a height of their own.
+        place = (leaving[transfer.source].index(transfer) + 1) / (len(leaving[transfer.source]) + 1)
+        share = place * GAP / max(GAP, abs(end[1] - start[1]))
         axes.text(
             start[0] + share * (end[0] - start[0]), start[1] + share * (end[1] - start[1]),
             transfer.label, color=colour, fontsize=6.5, ha="center", va="center", zorder=5,
