@@ -142,7 +142,7 @@ def test_order_inside_an_optimizer() -> None:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("shape", [(6, 4), (4, 6)])
+@pytest.mark.parametrize("shape", [(6, 4), (4, 6), (4, 12)])
 @pytest.mark.parametrize(
     "make",
     [
@@ -151,7 +151,8 @@ def test_order_inside_an_optimizer() -> None:
         lambda p: nl.optim.AssociativeMomentum(p, preset="muon"),
         lambda p: nl.optim.AssociativeMomentum(p, preset="shampoo"),
         lambda p: nl.optim.AssociativeMomentum(p, preset="adagrad_full"),
-        lambda p: nl.optim.M3(p, alpha=0.0),
+        lambda p: nl.optim.M3(p, alpha=0.0, ns_gram=True),
+        lambda p: nl.optim.M3(p, alpha=0.0, ns_gram=False),
         lambda p: nl.optim.DeepMomentum(p),
         lambda p: nl.optim.DeepMomentum(p, depth=1, objective="l2"),
         lambda p: nl.optim.DeepMomentum(p, depth=3, width=5, output="newton_schulz"),

@@ -45,7 +45,7 @@ def _m3(optimizer: M3, group: dict[str, Any], p: Tensor) -> Sequence[Memory]:
         )
     ema, period = group["form"] == "ema", group["frequency"]
     matrix = p.flatten(1) if group["layout"] == "flatten" else p
-    flops = newton_schulz_flops(matrix, group["ns_steps"])
+    flops = newton_schulz_flops(matrix, group["ns_steps"], group["ns_gram"])
     read = f"; read through {group['ns_steps']} Newton-Schulz steps"
     found = [
         Memory(

@@ -186,9 +186,12 @@ def _muon(optimizer: Any, group: dict[str, Any], p: Tensor) -> Sequence[Memory]:
     )
 
 
-def newton_schulz_flops(matrix: Tensor, steps: int) -> float:
+def newton_schulz_flops(matrix: Tensor, steps: int, gram: bool = False) -> float:
     """``steps (4 m^2 n + 2 m^3)`` for an m x n matrix, m <= n (quintic iteration); further leading
     dimensions count as a batch.
+
+    With ``gram`` and ``n >= 2 m`` (`nestlearn.optim.newton_schulz`), per run of k <= 3 steps:
+    ``4 m^2 n`` at its ends, and ``2 k + 6 (k - 1)`` times ``m^3`` in between.
 
     Example:
         >>> newton_schulz_flops(torch.empty(2, 3), 1)
@@ -198,4 +201,7 @@ def newton_schulz_flops(matrix: Tensor, steps: int) -> float:
         return 0.0
     m, n = sorted(matrix.shape[-2:])
     batch = matrix.numel() // max(1, m * n)
+    if gram and n >= 2 * m:
+        runs = [k for k in (min(3, steps), steps - 3) if k > 0]
+        return float(batch * sum(4 * m * m * n + (2 * k + 6 * (k - 1)) * m**3 for k in runs))
     return float(batch * steps * (4 * m * m * n + 2 * m**3))
