@@ -71,13 +71,13 @@ def foreign_name(module: nn.Module, known: Collection[str] = ()) -> str | None:
 
 def uses(module: nn.Module, *names: str) -> bool:
     """Whether the class's own forward pass names one of these."""
-    return not _named_in(type(module)).isdisjoint(names)
+    code = _code(type(module).forward)
+    return code is not None and not _named_in(code).isdisjoint(names)
 
 
 @functools.cache
-def _named_in(kind: type[nn.Module]) -> frozenset[str]:
-    code = _code(kind.forward)
-    return frozenset() if code is None else frozenset(_names(code))
+def _named_in(code: CodeType) -> frozenset[str]:
+    return frozenset(_names(code))
 
 
 def _code(function: Any) -> CodeType | None:
