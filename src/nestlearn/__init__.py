@@ -7,7 +7,8 @@
 - ``nl.optim``: optimizers whose levels are visible;
 - ``nl.adapt``, ``nl.unadapt``, ``nl.Learner``, ``nl.Memory``: a pre-trained model that keeps
   learning, and what it learned as a file;
-- ``nl.inspect``: which levels a model has, and what they cost;
+- ``nl.inspect``: the nested system of any model and optimizer, and what it costs; ``nl.lens``
+  teaches it more; ``nl.levels`` has the transfers, to describe a system or to build one;
 - ``nl.HopeConfig``, ``nl.HopeModel``, ``nl.HopeForCausalLM``: Hope as a Hugging Face model, known
   to ``AutoConfig`` and ``AutoModelForCausalLM`` as ``model_type="hope"``.
 """
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING
 from nestlearn._lazy import lazy_exports
 
 if TYPE_CHECKING:
-    from nestlearn import nn, optim
+    from nestlearn import lens, levels, nn, optim
     from nestlearn.adaptation import Learner, Memory, adapt, unadapt
     from nestlearn.lens import inspect
     from nestlearn.levels.clock import Clock
@@ -43,6 +44,8 @@ __all__ = [
     "__version__",
     "adapt",
     "inspect",
+    "lens",
+    "levels",
     "nn",
     "optim",
     "unadapt",
@@ -59,6 +62,8 @@ __getattr__, __dir__ = lazy_exports(
         "adapt": "nestlearn.adaptation",
         "unadapt": "nestlearn.adaptation",
         "inspect": "nestlearn.lens",
+        "lens": "nestlearn.lens",
+        "levels": "nestlearn.levels",
         "HopeConfig": "nestlearn.models.hope",
         "HopeModel": "nestlearn.models.hope",
         "HopeForCausalLM": "nestlearn.models.hope",

@@ -6,6 +6,7 @@ from fractions import Fraction
 from typing import Any
 
 import pytest
+import torch
 
 import nestlearn as nl
 from nestlearn.adaptation import adaptation_of
@@ -15,8 +16,7 @@ from tests.adaptation.conftest import tiny_model
 def test_levels_frequencies_and_costs() -> None:
     model = tiny_model()
     count = sum(p.numel() for p in model.parameters())
-    with pytest.raises(ValueError, match="not adapted"):
-        nl.inspect(model)
+    assert not isinstance(nl.inspect(model), nl.lens.AdaptedSystem)
     levels = [nl.Level(period=64), nl.Level(period=512), nl.Level(period=8, eta=0.0, name="still")]
     nl.adapt(model, levels, rank=4, slots=10, memories=2, frozen=0.5)
     system = nl.inspect(model)
@@ -27,6 +27,8 @@ def test_levels_frequencies_and_costs() -> None:
     assert system["pre-trained weights"].parameters == (f"{count:,} numbers",)
     numbers = 2 * 32 * 10
     assert system.level_bytes == {"still": 0, "every 64": 8 * numbers, "every 512": 8 * numbers}
+    with pytest.raises(ValueError, match="leave optimizer out"):
+        nl.inspect(model, torch.optim.SGD(model.parameters()))
     text = str(system)
     assert "2 blocks learn, 2 do not" in text and "V of blocks 2-3, 640 numbers" in text
     assert "block 3: model.layers.3.mlp.down_proj 48->32, learns" in text

@@ -153,7 +153,7 @@ def load(folder: Path) -> tuple[Any, Any]:
     """
     if not folder.is_dir():
         raise ValueError(f"no folder {folder}; train a model with `nestlearn train` first")
-    folder = _model_folder(folder)
+    folder = model_folder(folder)
 
     import torch
     from transformers import AutoModelForCausalLM
@@ -175,7 +175,12 @@ def load(folder: Path) -> tuple[Any, Any]:
     return model.eval().to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
 
 
-def _model_folder(folder: Path) -> Path:
+def model_folder(folder: Path) -> Path:
+    """The folder with the model in it: of a training run, the final, best or newest one.
+
+    Raises:
+        ValueError: there is none.
+    """
     if (folder / "config.json").is_file():
         return folder
     steps = sorted(folder.glob("checkpoints/step-*"), reverse=True)

@@ -37,6 +37,9 @@ COMMANDS: dict[str, Command] = {
     "demo-train": Command(
         "nestlearn.cli.demo_train", "DemoTrain", "train Hope, sample and stream, in minutes"
     ),
+    "inspect": Command(
+        "nestlearn.cli.inspect", "Inspect", "the levels of a model, and what they cost"
+    ),
     "bench": Command("nestlearn.cli.bench", "Bench", "run a script of benchmarks/"),
     "doctor": Command("nestlearn.cli.doctor", "Doctor", "what this machine offers, what will run"),
 }

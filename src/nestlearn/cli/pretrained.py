@@ -68,3 +68,36 @@ def _unpacked(more: dict[str, Any]) -> dict[str, Any]:
     except ImportError:
         return {}
     return {"quantization_config": GgufConfig(dequantize=True)}
+
+
+def load_shapes(name: str) -> Any:
+    """The model of a folder, a GGUF file or a Hugging Face id without its weights: on the device
+    ``meta``, from the configuration alone, in the type that the configuration names.
+
+    Raises:
+        ValueError: nothing there, or nothing that transformers knows.
+    """
+    import torch
+    import transformers
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    import nestlearn.models.hope  # noqa: F401  (registers the architecture)
+    from nestlearn.cli.generate import model_folder
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    path = Path(name).expanduser()
+    where, more = _place(str(model_folder(path)) if path.is_dir() else name)
+    try:
+        config = AutoConfig.from_pretrained(where, **more)
+        architecture = (getattr(config, "architectures", None) or [""])[0]
+        known = getattr(transformers, architecture, None)
+        make = AutoModelForCausalLM.from_config if known is None else known._from_config
+        with torch.device("meta"):
+            return make(config, dtype=config.dtype or torch.float32).eval()
+    except (OSError, ValueError, ImportError) as error:
+        first = next((line for line in str(error).splitlines() if line.strip()), "unknown error")
+        raise ValueError(
+            f"cannot read {name!r}: {first.strip()} (give a folder with a saved model, a .gguf "
+            "file or the id of a model on the Hugging Face hub)"
+        ) from error

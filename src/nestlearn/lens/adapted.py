@@ -8,11 +8,20 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from nestlearn.adaptation.attach import Adaptation, adaptation_of
+from nestlearn.adaptation.attach import Adaptation, AddedMemory, adaptation_of
 from nestlearn.adaptation.memory import level_name
+from nestlearn.lens.findings import Found, Scope, Unknown
+from nestlearn.lens.registry import register_module
+from nestlearn.lens.system import InspectedSystem
+from nestlearn.lens.walk import Survey, survey
 from nestlearn.levels.clock import NEVER
-from nestlearn.levels.system import Box, NestedSystem
-from nestlearn.levels.transfer import Backpropagation, DirectParametric, Transfer
+from nestlearn.levels.system import Box
+from nestlearn.levels.transfer import (
+    Backpropagation,
+    DirectNonParametric,
+    DirectParametric,
+    Transfer,
+)
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -22,7 +31,22 @@ MOMENTA = {"added": 1, "placement": 2, "readout": 0}
 """Numbers that the method's usual optimizer keeps per number that is learned."""
 
 
-class AdaptedSystem(NestedSystem):
+@register_module(AddedMemory)
+def _added_memory(module: AddedMemory, scope: Scope) -> Found:
+    """``V K h``: the keys are a buffer, so their work is counted with the values."""
+    return Found(flops={module.values: 2.0 * (module.values.numel() + module.keys.numel())})
+
+
+def is_adapted(model: nn.Module) -> bool:
+    """Whether `nestlearn.adapt` was called on it."""
+    try:
+        adaptation_of(model)
+    except ValueError:
+        return False
+    return True
+
+
+class AdaptedSystem(InspectedSystem):
     """Boxes and levels of an adapted model, what was matched in it, and what learning costs.
 
     Attributes:
@@ -32,26 +56,34 @@ class AdaptedSystem(NestedSystem):
             pass is shared by all.
     """
 
-    def __init__(self, adaptation: Adaptation, parameters: int) -> None:
+    def __init__(self, adaptation: Adaptation, model: nn.Module, found: Survey) -> None:
         self.adaptation = adaptation
         sizes = {name: t.weight.numel() for name, t in adaptation.targets.items()}
+        own = {t.weight for t in adaptation.targets.values() if t.base is None}
+        base = [p for p in model.parameters() if p not in own]
+        base_flops = [found.flops.get(p, 0.0) for p in base]
+        attention = [box for box in found.fast if box.rate == math.inf]
         boxes = [
             Box("attention", "regression on the context (Eq. 62)", "tokens so far", (), math.inf,
-                solver="non-parametric"),
-            Box(BASE, "next-token loss", "pre-training text", (f"{parameters:,} numbers",), 0,
-                solver="finished"),
+                solver="non-parametric",
+                state_bytes=_total([box.state_bytes for box in attention]),
+                flops_per_token=_total([box.flops for box in attention])),
+            Box(BASE, "next-token loss", "pre-training text",
+                (f"{sum(p.numel() for p in base):,} numbers",), 0, solver="finished",
+                parameter_bytes=sum(p.numel() * p.element_size() for p in base),
+                flops_per_token=_total(base_flops)),
         ]  # fmt: skip
-        transfers: list[Transfer] = []
+        transfers: list[Transfer] = [DirectNonParametric("attention", BASE)]
         self.level_bytes: dict[str, int] = {}
         for level in adaptation.levels:
             name = level_name(level)
-            own = [n for n, t in adaptation.targets.items() if name in t.levels]
-            count = sum(sizes[n] for n in own)
+            targets = [n for n, t in adaptation.targets.items() if name in t.levels]
+            count = sum(sizes[n] for n in targets)
             learns = level.period != NEVER and level.eta > 0
             kept = 1 + MOMENTA[adaptation.method]
             self.level_bytes[name] = 4 * count * kept if learns else 0
             blocks = sorted(
-                {s.block for s in adaptation.sites if set(own) & {s.output, *s.linears}}
+                {s.block for s in adaptation.sites if set(targets) & {s.output, *s.linears}}
             )
             kind = "V" if adaptation.method == "added" else "MLP weights"
             boxes.append(
@@ -62,13 +94,27 @@ class AdaptedSystem(NestedSystem):
                     (f"{kind} of blocks {_ranges(blocks)}, {count:,} numbers",),
                     Fraction(1, level.period) if learns else 0,
                     solver="optimizer of its own" if learns else "frozen",
+                    differentiated="no: written without a graph",
+                    state_bytes=self.level_bytes[name],
+                    flops_per_token=0,  # read with what all levels share, see `shared_flops`
                 )
             )
             if learns:
                 transfers.append(DirectParametric(name, BASE))
         slower = [level_name(lv) for lv in adaptation.levels if self.level_bytes[level_name(lv)]]
         transfers += [Backpropagation(b, a) for a, b in zip(slower, slower[1:], strict=False)]
-        super().__init__(boxes, transfers, name="adapted model")
+        unknown: tuple[Unknown, ...] = found.unknowns()
+        super().__init__(boxes, transfers, "adapted model", unit="one token", unknown=unknown)
+        self.shared_flops = round(sum(found.flops.get(p) or 0.0 for p in own))
+
+    @classmethod
+    def of(cls, model: nn.Module, tokens: int) -> AdaptedSystem:
+        """The system of a model that levels were attached to.
+
+        Raises:
+            ValueError: none were.
+        """
+        return cls(adaptation_of(model), model, survey(model, tokens, training=False))
 
     @property
     def added_bytes(self) -> int:
@@ -79,6 +125,12 @@ class AdaptedSystem(NestedSystem):
         fixed = self.adaptation.fixed
         size = next(iter(targets)).weight.element_size()
         return sum(t.weight.nbytes for t in targets) + size * sum(k.numel() for k in fixed.values())
+
+    @property
+    def flops_per_token(self) -> int | None:
+        """As of any system; the work of added memories, which all levels share, is in it."""
+        total = super().flops_per_token
+        return None if total is None else total + self.shared_flops
 
     def tree(self) -> RenderableType:
         """The system, with what was matched and what it costs."""
@@ -103,24 +155,9 @@ class AdaptedSystem(NestedSystem):
         return tree
 
 
-def inspect(model: nn.Module) -> AdaptedSystem:
-    """The nested system of an adapted model (Def. 1-4): boxes, update frequencies, transfers.
-
-    Printing it shows which MLPs were matched, which levels learn, and the memory it will take.
-
-    Args:
-        model: a model that `nestlearn.adapt` was called on.
-
-    Raises:
-        ValueError: the model is not adapted.
-
-    Example:
-        >>> print(nl.inspect(nl.adapt(model)))
-    """
-    handle = adaptation_of(model)
-    own = {id(t.weight) for t in handle.targets.values() if t.base is None}
-    parameters = sum(p.numel() for p in model.parameters() if id(p) not in own)
-    return AdaptedSystem(handle, parameters)
+def _total(numbers: list[float | None] | list[int | None]) -> int | None:
+    known = [n for n in numbers if n is not None]
+    return round(sum(known)) if len(known) == len(numbers) else None
 
 
 def _ranges(numbers: list[int]) -> str:

@@ -1,12 +1,14 @@
 """Levels: clocks, level descriptions, nested systems and what is transferred between levels."""
 
 from nestlearn.levels.clock import NEVER, Clock, segments
+from nestlearn.levels.inner_loop import InnerLoop, TwoLevel
 from nestlearn.levels.level import Level
 from nestlearn.levels.system import Box, NestedSystem
 from nestlearn.levels.transfer import (
     Backpropagation,
     DirectNonParametric,
     DirectParametric,
+    Episode,
     Generation,
     Initialisation,
     Transfer,
@@ -19,10 +21,13 @@ __all__ = [
     "Clock",
     "DirectNonParametric",
     "DirectParametric",
+    "Episode",
     "Generation",
     "Initialisation",
+    "InnerLoop",
     "Level",
     "NestedSystem",
     "Transfer",
+    "TwoLevel",
     "segments",
 ]

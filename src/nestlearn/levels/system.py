@@ -9,11 +9,13 @@ import math
 from collections.abc import Sequence
 from fractions import Fraction
 from functools import cached_property
+from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 from nestlearn.levels.transfer import Transfer
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from rich.console import RenderableType
 
 Frequency = int | float | Fraction
@@ -34,6 +36,11 @@ class Box:
         solver: how it is optimised.
         needs: names of boxes whose state at time t is needed to compute this box's state at
             time t. A box of equal frequency that is needed is faster (the second case of Def. 2).
+        differentiated: what the gradients of slower boxes do at this box, in words.
+        parameter_bytes: size of Theta where it belongs to the model; None: not known.
+        state_bytes: size of what the box keeps beside the model's parameters (a memory, a momentum,
+            a cache of keys and values); None: not known.
+        flops_per_token: arithmetic of its matrix products for one token; None: not known.
 
     Raises:
         ValueError: an empty name, a negative frequency, a box that needs itself, or a frequency of
@@ -51,10 +58,18 @@ class Box:
     frequency: Frequency
     solver: str = "gradient descent"
     needs: tuple[str, ...] = ()
+    differentiated: str = ""
+    parameter_bytes: int | None = None
+    state_bytes: int | None = None
+    flops_per_token: int | None = None
 
     def __post_init__(self) -> None:
         if not self.name:
             raise ValueError("a box needs a name")
+        for field in ("parameter_bytes", "state_bytes", "flops_per_token"):
+            size = getattr(self, field)
+            if size is not None and size < 0:
+                raise ValueError(f"box {self.name!r}: {field} must be 0 or more, got {size}")
         for field in ("parameters", "needs"):
             value = getattr(self, field)
             if isinstance(value, str):
@@ -245,6 +260,10 @@ class NestedSystem:
                 node = branch.add(escape(_headline(box)))
                 node.add(escape(f"objective: {box.objective}"))
                 node.add(escape(f"context: {box.context}"))
+                if box.differentiated:
+                    node.add(escape(f"differentiated: {box.differentiated}"))
+                if cost := cost_text(box):
+                    node.add(cost)
                 for transfer in self.transfers:
                     if transfer.source == box.name:
                         line = f"{transfer.kind} -> {transfer.target}: {transfer.describe()}"
@@ -256,14 +275,29 @@ class NestedSystem:
         from rich.markup import escape
         from rich.table import Table
 
-        table = Table("level", "frequency", "box", "objective", "context", "parameters", "solver")
+        head = ("level", "frequency", "box", "objective", "context", "parameters", "solver", "cost")
+        table = Table(*head)
         table.title = escape(self.name)
         for i, level in enumerate(self.levels, 1):
             for box in level:
-                parameters = ", ".join(box.parameters) or "none"
-                cells = [box.name, box.objective, box.context, parameters, box.solver]
+                cells = [box.name, box.objective, box.context, learned_text(box), box.solver]
+                cells.append(cost_text(box))
                 table.add_row(str(i), frequency_text(box.frequency), *map(escape, cells))
         return table
+
+    def picture(self, path: str | PathLike[str] | None = None) -> Figure:
+        """The system as a matplotlib figure, the slowest level at the bottom.
+
+        Args:
+            path: where to write it as well; the ending says the format (``.png``, ``.svg``,
+                ``.pdf``).
+
+        Raises:
+            ValueError: matplotlib is not installed, or cannot write this format.
+        """
+        from nestlearn.levels.picture import draw
+
+        return draw(self, path)
 
     def __rich__(self) -> RenderableType:
         return self.tree()
@@ -281,5 +315,41 @@ class NestedSystem:
 
 
 def _headline(box: Box) -> str:
-    learned = ", ".join(box.parameters) if box.parameters else "no parameters"
+    learned = learned_text(box) if box.parameters else "no parameters"
     return f"{box.name}: {learned} ({box.solver})"
+
+
+SHOWN = 8  # names of parameters that are printed; JSON has all
+
+
+def learned_text(box: Box) -> str:
+    """Names of what a box learns, the first of them if there are many."""
+    names = list(box.parameters[:SHOWN])
+    if len(box.parameters) > SHOWN:
+        names.append(f"and {len(box.parameters) - SHOWN} more")
+    return ", ".join(names) or "none"
+
+
+def cost_text(box: Box) -> str:
+    """What a box costs, as far as it is known."""
+    parts = []
+    if box.parameter_bytes:
+        parts.append(f"parameters {quantity(box.parameter_bytes)}B")
+    if box.state_bytes:
+        parts.append(f"state {quantity(box.state_bytes)}B")
+    if box.flops_per_token:
+        parts.append(f"{quantity(box.flops_per_token)}FLOP per token")
+    return ", ".join(parts)
+
+
+def quantity(number: int) -> str:
+    """A number with three digits and a unit prefix.
+
+    Example:
+        >>> quantity(123_456)
+        '123 k'
+    """
+    for size, prefix in ((10**12, "T"), (10**9, "G"), (10**6, "M"), (10**3, "k")):
+        if number >= size:
+            return f"{number / size:.3g} {prefix}"
+    return f"{number} "

@@ -1,0 +1,441 @@
+"""The nested system of models and optimizers, stated by hand from the paper (§3, Fig. 3, Def. 2).
+
+Per set-up: the levels, slowest first, as lists of (box, updates per data point), and the transfers.
+A data point is a sequence of ``T`` tokens and one optimizer step; without an optimizer, one token.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from fractions import Fraction
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import nestlearn as nl
+from nestlearn.levels import NestedSystem
+from tests.adaptation.conftest import tiny_model
+
+T = 512
+INF = math.inf
+
+
+def levels(system: NestedSystem) -> list[dict[str, Any]]:
+    return [{box.name: box.frequency for box in level} for level in system.levels]
+
+
+def links(system: NestedSystem) -> set[tuple[str, str, str]]:
+    return {(t.kind, t.source, t.target) for t in system.transfers}
+
+
+def both_ways(weights: str, *memories: str) -> set[tuple[str, str, str]]:
+    """Gradients are the memory's context; what it holds conditions the weights' update."""
+    return {("generation", weights, m) for m in memories} | {
+        ("direct parametric", m, weights) for m in memories
+    }
+
+
+def in_context(memory: str, weights: str = "weights") -> set[tuple[str, str, str]]:
+    """A memory with a learned initial state, whose writes are differentiated through."""
+    return {
+        ("initialisation", weights, memory),
+        ("backpropagation", weights, memory),
+        ("direct parametric", memory, weights),
+    }
+
+
+def mlp() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+
+
+ADAM = both_ways("weights", "first moment", "second moment")
+MOMENTUM = both_ways("weights", "momentum")
+
+
+# -- optimizers on an MLP ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "expected", "transfers"),
+    [
+        (lambda p: torch.optim.SGD(p), [{"weights": 1}], set()),
+        (
+            lambda p: torch.optim.SGD(p, momentum=0.9),
+            [{"weights": 1}, {"momentum": 1}],
+            MOMENTUM,
+        ),
+        # Two memories that do not need each other: two boxes on one level.
+        (
+            torch.optim.Adam,
+            [{"weights": 1}, {"first moment": 1, "second moment": 1}],
+            ADAM,
+        ),
+        (
+            lambda p: torch.optim.AdamW(p, amsgrad=True),
+            [
+                {"weights": 1},
+                {"first moment": 1, "largest second moment": 1},
+                {"second moment": 1},
+            ],
+            ADAM | both_ways("weights", "largest second moment"),
+        ),
+        (
+            torch.optim.NAdam,
+            [{"weights": 1}, {"first moment": 1, "second moment": 1}],
+            ADAM,
+        ),
+        (
+            torch.optim.Adagrad,
+            [{"weights": 1}, {"sum of squares": 1}],
+            both_ways("weights", "sum of squares"),
+        ),
+        (
+            torch.optim.RMSprop,
+            [{"weights": 1}, {"second moment": 1}],
+            both_ways("weights", "second moment"),
+        ),
+        # The momentum is of g / sqrt(v): it needs the new v, which is therefore faster.
+        (
+            lambda p: torch.optim.RMSprop(p, momentum=0.9),
+            [{"weights": 1}, {"momentum": 1}, {"second moment": 1}],
+            both_ways("weights", "momentum", "second moment"),
+        ),
+        (
+            torch.optim.Adadelta,
+            [{"weights": 1}, {"second moment of the steps": 1}, {"second moment": 1}],
+            both_ways("weights", "second moment", "second moment of the steps"),
+        ),
+    ],
+)
+def test_optimizers(
+    optimizer: Callable[[Iterable[Any]], Any],
+    expected: list[dict[str, int]],
+    transfers: set[tuple[str, str, str]],
+) -> None:
+    model = mlp()
+    system = nl.inspect(model, optimizer(model.parameters()))
+    assert levels(system) == expected
+    assert links(system) == transfers
+    assert system["weights"].parameters == ("0.weight", "0.bias", "2.weight", "2.bias")
+    assert system.unknown == () and system.notes == ()
+
+
+def test_an_mlp_without_an_optimizer_stands_still() -> None:
+    system = nl.inspect(mlp())
+    assert levels(system) == [{"weights": 0}]
+    assert links(system) == set()
+
+
+def test_frozen_and_forgotten_parameters() -> None:
+    model = mlp()
+    model[0].requires_grad_(False)
+    system = nl.inspect(model, torch.optim.SGD([model[2].weight], momentum=0.9))
+    assert levels(system) == [{"weights (frozen)": 0}, {"weights (every step)": 1}, {"momentum": 1}]
+    assert system["weights (frozen)"].parameters == ("0.weight", "0.bias", "2.bias")
+    assert system["momentum"].context == "gradients of weights (every step)"
+    assert system.notes == ("1 parameters get gradients that no optimizer uses",)
+
+
+def test_two_optimizers_make_two_boxes_of_one_level() -> None:
+    model = mlp()
+    matrices = [p for p in model.parameters() if p.ndim == 2]
+    vectors = [p for p in model.parameters() if p.ndim == 1]
+    both = [torch.optim.Muon(matrices), torch.optim.AdamW(vectors)]
+    system = nl.inspect(model, both)
+    assert levels(system) == [
+        {"weights (Muon)": 1, "weights (AdamW)": 1},
+        {"momentum": 1, "first moment": 1, "second moment": 1},
+    ]
+    assert links(system) == both_ways("weights (Muon)", "momentum") | both_ways(
+        "weights (AdamW)", "first moment", "second moment"
+    )
+    with pytest.raises(ValueError, match="one optimizer"):
+        nl.inspect(model, [*both, torch.optim.SGD(vectors)])
+
+
+def test_periods_make_levels() -> None:
+    model = mlp()
+    groups = [
+        {"params": model[0].parameters()},
+        {"params": model[2].parameters(), "period": 4},
+    ]
+    system = nl.inspect(model, nl.optim.MultiRate(groups, inner=torch.optim.SGD))
+    assert levels(system) == [
+        {"weights (every 4 steps)": Fraction(1, 4)},
+        {"weights (every step)": 1},
+    ]
+    assert links(system) == {("backpropagation", "weights (every 4 steps)", "weights (every step)")}
+
+
+# -- memories in context -------------------------------------------------------------------------
+
+
+def neural(preset: str, **more: Any) -> nn.Module:
+    return nl.nn.NeuralMemory(16, 2, preset=preset, **more)
+
+
+def test_linear_attention_with_momentum_is_three_boxes_on_three_levels() -> None:
+    model = neural("linear_attention")
+    system = nl.inspect(model, torch.optim.SGD(model.parameters(), momentum=0.9), tokens=T)
+    assert levels(system) == [{"weights": 1}, {"momentum": 1}, {"memory": T}]
+    assert links(system) == MOMENTUM | in_context("memory")
+    memory = system["memory"]
+    assert (memory.objective, memory.parameters) == ("-<M k, v> (Eq. 64)", ("M",))
+    assert memory.differentiated == "yes: slow gradients flow through the writes"
+
+
+@pytest.mark.parametrize(
+    ("preset", "objective", "frequency", "learns"),
+    [
+        ("retnet", "-<M k, v> (Eq. 64)", T, ("M",)),
+        ("deltanet", "1/2 |M k - v|^2 (Eq. 65)", T, ("M",)),
+        ("gated_deltanet", "1/2 |M k - v|^2 (Eq. 65)", T, ("M",)),
+        # TTT writes after every 16 tokens, the others here after every 64.
+        ("ttt_linear", "1/2 |M(k) - v|^2", T // 16, ("M",)),
+        ("ttt_mlp", "1/2 |M(k) - v|^2", T // 16, ("W1", "W2")),
+        ("dla", "-<M(k), v>", T // 64, ("W1", "W2")),
+        ("moneta", "|M(k) - v|_3^3", T // 64, ("W1", "W2")),
+        ("yaad", "huber(M(k) - v)", T // 64, ("W1", "W2")),
+        ("memora", "1/2 |M(k) - v|^2", T // 64, ("W1", "W2")),
+    ],
+)
+def test_memories(preset: str, objective: str, frequency: int, learns: tuple[str, ...]) -> None:
+    model = neural(preset)
+    system = nl.inspect(model, torch.optim.AdamW(model.parameters()), tokens=T)
+    assert levels(system) == [
+        {"weights": 1},
+        {"first moment": 1, "second moment": 1},
+        {"memory": frequency},
+    ]
+    assert links(system) == ADAM | in_context("memory")
+    assert (system["memory"].objective, system["memory"].parameters) == (objective, learns)
+
+
+@pytest.mark.parametrize(("preset", "window"), [("titans", ""), ("atlas", " over 8 tokens")])
+def test_titans_have_a_momentum_of_the_inner_gradients(preset: str, window: str) -> None:
+    """M_t needs S_t of the same step: the momentum in context is faster than the memory."""
+    model = neural(preset)
+    system = nl.inspect(model, torch.optim.SGD(model.parameters()), tokens=T)
+    momentum = "memory's momentum"
+    assert levels(system) == [{"weights": 1}, {"memory": T // 64}, {momentum: T // 64}]
+    assert links(system) == in_context("memory") | both_ways("memory", momentum)
+    assert system["memory"].objective.startswith("1/2 |M(k) - v|^2" + window)
+
+
+def test_in_context_alone_the_unit_is_a_token() -> None:
+    system = nl.inspect(neural("ttt_linear"))
+    assert levels(system) == [{"weights": 0}, {"memory": Fraction(1, 16)}]
+    assert links(system) == {
+        ("initialisation", "weights", "memory"),
+        ("direct parametric", "memory", "weights"),
+    }
+    assert system.unit == "one token"
+
+
+def test_a_write_later_than_the_sequence_is_noted() -> None:
+    model = neural("dla")
+    system = nl.inspect(model, torch.optim.SGD(model.parameters()), tokens=32)
+    assert system["memory"].frequency == Fraction(1, 2)
+    assert "every 64 tokens: a sequence of 32 is shorter" in system.notes[0]
+    # Slower than the weights, it is no faster box that could condition them.
+    assert links(system) == {("backpropagation", "weights", "memory")}
+
+
+# -- attention -----------------------------------------------------------------------------------
+
+
+def test_transformer_in_context_is_infinity_and_zero() -> None:
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2)
+    system = nl.inspect(model)
+    assert levels(system) == [{"weights": 0}, {"attention": INF}]
+    assert links(system) == {("direct non-parametric", "attention", "weights")}
+    assert system["attention"].parameters == ()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2),
+        lambda: nn.Transformer(16, 2, 1, 1, 32, batch_first=True),
+        lambda: nn.MultiheadAttention(16, 2, batch_first=True),
+        lambda: tiny_model("Llama"),
+        lambda: tiny_model("GPT2"),
+        lambda: tiny_model("Qwen3"),
+        lambda: tiny_model("GPTNeoX"),
+        lambda: tiny_model("OPT"),
+        lambda: tiny_model("Falcon"),
+    ],
+)
+def test_transformers_with_adamw(make: Callable[[], nn.Module]) -> None:
+    model = make()
+    system = nl.inspect(model, torch.optim.AdamW(model.parameters()))
+    assert levels(system) == [
+        {"weights": 1},
+        {"first moment": 1, "second moment": 1},
+        {"attention": INF},
+    ]
+    assert links(system) == ADAM | {("direct non-parametric", "attention", "weights")}
+    assert system.unknown == ()
+
+
+def test_windows_and_whole_contexts_are_two_kinds_of_attention() -> None:
+    system = nl.inspect(tiny_model("Gemma2"))
+    assert set(levels(system)[1]) == {"attention", "sliding-window attention"}
+    assert "Eq. 63" in system["sliding-window attention"].objective
+
+
+# -- Hope ----------------------------------------------------------------------------------------
+
+
+def hope(**settings: Any) -> Any:
+    return nl.HopeForCausalLM(nl.HopeConfig.preset("tiny", **settings))
+
+
+@pytest.mark.parametrize("mixer", ["self_modifying", "attention"])
+@pytest.mark.parametrize("periods", [[1], [1, 4], [1, 4, 16], [1, 4, 16, 64]])
+def test_hope_with_one_to_four_levels(mixer: str, periods: list[int]) -> None:
+    model = hope(mixer=mixer, cms_periods=periods)
+    groups = nl.optim.level_groups(model, lr=1e-3)
+    inner = torch.optim.SGD
+    system = nl.inspect(model, nl.optim.MultiRate(groups, inner=inner), tokens=T)
+    cms = {f"CMS level{i}": Fraction(1, c) for i, c in enumerate(periods, 1)}
+    slow = [{name: f} for name, f in reversed(cms.items()) if f < 1]
+    fast = {"attention": INF} if mixer == "attention" else {
+        "memory": T // 64, "projection memories": T // 64,
+    }  # fmt: skip
+    assert levels(system) == [*slow, {"weights": 1, "CMS level1": 1}, fast]
+    # One gradient flow through all frequencies, from the slower to the next faster.
+    chain = [*([name] for level in slow for name in level), ["weights", "CMS level1"]]
+    expected = {
+        ("backpropagation", a, b)
+        for slower, faster in zip(chain, chain[1:], strict=False)
+        for a in slower
+        for b in faster
+    }
+    if mixer == "attention":
+        expected.add(("direct non-parametric", "attention", "weights"))
+    else:
+        expected |= in_context("memory") | in_context("projection memories")
+        assert system["projection memories"].parameters == ("M_k", "M_v", "M_eta", "M_alpha")
+    assert links(system) == expected
+    assert system.notes == () and system.unknown == ()
+
+
+def test_memories_of_other_chunks_are_other_levels() -> None:
+    """The projection memories generate the main memory's keys, values, rates and retention."""
+    model = hope(memory_chunk=16, projection_chunk=64)
+    system = nl.inspect(model)
+    assert levels(system) == [
+        {"weights": 0, "CMS level1": 0},
+        {"projection memories": Fraction(1, 64)},
+        {"memory": Fraction(1, 16)},
+    ]
+    assert ("generation", "projection memories", "memory") in links(system)
+
+
+def test_momentum_inside_self_modifying_memories() -> None:
+    layer = nl.nn.SelfModifyingTitans(16, 2, momentum=True)
+    system = nl.inspect(layer)
+    assert levels(system) == [
+        {"weights": 0},
+        {"memory": Fraction(1, 64), "projection memories": Fraction(1, 64)},
+        {"memory's momentum": Fraction(1, 64), "projection memories' momentum": Fraction(1, 64)},
+    ]
+
+
+def test_what_is_cut_is_said() -> None:
+    layer = nl.nn.SelfModifyingTitans(16, 2, truncate=True)
+    system = nl.inspect(layer, torch.optim.SGD(layer.parameters()))
+    assert system["memory"].differentiated == "yes, but cut at the boundaries of chunks"
+
+
+def test_an_optimizer_that_ignores_the_periods_is_shown_as_it_is() -> None:
+    model = hope(cms_periods=[1, 4])
+    system = nl.inspect(model, torch.optim.SGD(model.parameters()))
+    assert levels(system)[0] == {"weights": 1, "CMS level1": 1, "CMS level2": 1}
+    assert len(system.notes) == 1
+    assert "CMS level2 is meant to be updated every 4 steps" in system.notes[0]
+
+
+def test_nested_levels_initialise_the_faster() -> None:
+    model = hope(cms_periods=[1, 4, 16], cms_kind="nested")
+    groups = nl.optim.level_groups(model, lr=1e-3)
+    system = nl.inspect(model, nl.optim.MultiRate(groups, inner=torch.optim.SGD))
+    assert {
+        ("initialisation", "CMS level3", "CMS level2"),
+        ("initialisation", "CMS level2", "CMS level1"),
+    } <= links(system)
+
+
+def test_levels_in_context_and_online() -> None:
+    chosen = [nl.Level(8, "fast"), nl.Level(64, "slow")]
+    layer = nl.nn.ContinuumMemory(8, 16, chosen, error="context")
+    system = nl.inspect(layer, torch.optim.SGD(layer.parameters()), tokens=T)
+    assert levels(system) == [{"weights": 1}, {"CMS slow": T // 64}, {"CMS fast": T // 8}]
+    assert links(system) == in_context("CMS slow") | in_context("CMS fast")
+    online = nl.inspect(nl.nn.ContinuumMemory(8, 16, chosen, error="online"))
+    assert levels(online) == [
+        {"weights": 0}, {"CMS slow": Fraction(1, 64)}, {"CMS fast": Fraction(1, 8)},
+    ]  # fmt: skip
+    assert online["CMS fast"].objective == "next-token loss of the stream"
+    trained = nl.inspect(layer_online := nl.nn.ContinuumMemory(8, 16, chosen, error="online"),
+                         torch.optim.SGD(layer_online.parameters()))  # fmt: skip
+    assert trained["CMS fast"].differentiated == "no: written without a graph"
+    assert not any(kind == "backpropagation" for kind, *_ in links(trained))
+
+
+# -- other layers of torch -----------------------------------------------------------------------
+
+
+def test_running_statistics_are_a_memory_of_activations() -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU())
+    system = nl.inspect(model, torch.optim.SGD(model.parameters()))
+    assert levels(system) == [{"weights": 1, "running statistics": 1}]
+    assert levels(nl.inspect(model)) == [{"weights": 0}]
+
+
+def test_a_recurrent_state_changes_with_every_token() -> None:
+    model = nn.LSTM(4, 8, batch_first=True)
+    system = nl.inspect(model, torch.optim.SGD(model.parameters()), tokens=T)
+    assert levels(system) == [{"weights": 1}, {"recurrent state": T}]
+    assert system["recurrent state"].objective.startswith("none is stated")
+
+
+def test_wrappers_are_looked_through() -> None:
+    accelerate = pytest.importorskip("accelerate")
+    model = torch.compile(mlp())
+    optimizer = accelerate.Accelerator(cpu=True).prepare(torch.optim.Adam(model.parameters()))
+    system = nl.inspect(model, optimizer)
+    assert levels(system) == [{"weights": 1}, {"first moment": 1, "second moment": 1}]
+
+
+def test_peft_adapters_learn_beside_frozen_weights() -> None:
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(
+        tiny_model(), peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    )
+    learned = [p for p in model.parameters() if p.requires_grad]
+    system = nl.inspect(model, torch.optim.SGD(learned))
+    assert levels(system) == [
+        {"weights (frozen)": 0}, {"weights (every step)": 1}, {"attention": INF},
+    ]  # fmt: skip
+    assert all("lora" in name for name in system["weights (every step)"].parameters)
+    assert system.unknown == ()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m: nl.inspect(m, torch.optim.SGD(mlp().parameters())), "not the model's"),
+        (lambda m: nl.inspect(m, "adam"), "torch.optim.Optimizer"),
+        (lambda m: nl.inspect(m, [3]), "torch.optim.Optimizer"),
+        (lambda m: nl.inspect(m, tokens=0), "tokens"),
+        (lambda m: nl.inspect(nn.ReLU()), "no parameters"),
+    ],
+)
+def test_mistakes_are_refused(call: Callable[[nn.Module], Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call(mlp())
