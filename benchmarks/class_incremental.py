@@ -7,8 +7,8 @@ on a grid, on the first tasks of a stream of its own (tuning seed, other order, 
 Which examples the subsets have is drawn once, with a fixed seed; a seed decides which classes come
 together, in which order, and the order of examples.
 
-    python benchmarks/class_incremental.py --model FOLDER                   # subset for a CPU, resumes
-    python benchmarks/class_incremental.py --model FOLDER --scale full      # everything, for a GPU
+    python benchmarks/class_incremental.py --model FOLDER               # subset for a CPU, resumes
+    python benchmarks/class_incremental.py --model FOLDER --scale full  # everything, for a GPU
     python benchmarks/class_incremental.py --model FOLDER --data dbpedia14
 """
 

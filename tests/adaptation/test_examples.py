@@ -106,9 +106,7 @@ def test_learning_examples_is_a_step_on_their_loss(tokenizer: Any) -> None:
     )
     targets = nl.adaptation.adaptation_of(model).targets
     (batch,) = batches([Example(**row) for row in ROWS], tokenizer, 8)
-    grads = torch.autograd.grad(
-        completion_loss(model, batch), [t.weight for t in targets.values()]
-    )
+    grads = torch.autograd.grad(completion_loss(model, batch), [t.weight for t in targets.values()])
     done = learner.learn(ROWS)
     assert done.documents == 3 and done.tokens == batch.tokens
     for target, g in zip(targets.values(), grads, strict=True):

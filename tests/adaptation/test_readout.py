@@ -34,10 +34,11 @@ def pairs(model: Any, rows: Any) -> tuple[torch.Tensor, torch.Tensor]:
     for row in rows:
         prompt, completion = [256, *row["prompt"].encode()], list(row["completion"].encode())
         seen: list[torch.Tensor] = []
-        hooks = [
-            block.self_attn.register_forward_hook(lambda m, i, o: seen.append(o[0][0].double()))
-            for block in model.model.layers
-        ]
+
+        def keep(module: Any, inputs: Any, output: Any, seen: Any = seen) -> None:
+            seen.append(output[0][0].double())
+
+        hooks = [block.self_attn.register_forward_hook(keep) for block in model.model.layers]
         with handle.inactive(), torch.no_grad():
             model(torch.tensor([prompt + completion]))
         for hook in hooks:
@@ -53,6 +54,11 @@ def pairs(model: Any, rows: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.stack(keys), torch.tensor(tokens)
 
 
+def close(found: torch.Tensor, right: torch.Tensor) -> None:
+    """Equal up to what a small ridge makes of float32 sums."""
+    assert (found.double() - right.double()).norm() < 1e-3 * right.double().norm()
+
+
 def test_values_are_the_least_squares_solution(tokenizer: Any) -> None:
     learner = learner_of(tokenizer, batch=3)
     learner.learn(ROWS)
@@ -64,7 +70,7 @@ def test_values_are_the_least_squares_solution(tokenizer: Any) -> None:
     T = E[y] @ torch.linalg.inv(curvature)
     T = T * readout.gain / (T * E[y]).sum(1, keepdim=True)
     V = T.mT @ K @ torch.linalg.inv(K.mT @ K + readout.prior.double())
-    torch.testing.assert_close(readout.values.double(), V, rtol=1e-3, atol=5e-3)
+    close(readout.values, V)
     # ... and the logits move by E V k.
     ids = torch.tensor([[256, *b"red fish?"]])
     with torch.no_grad():
@@ -72,7 +78,7 @@ def test_values_are_the_least_squares_solution(tokenizer: Any) -> None:
         with adaptation_of(learner.model).inactive():
             plain = learner.model(ids).logits[0, -1]
     moved = (E @ V @ pairs(learner.model, ROWS[:1])[0][0]).float()
-    torch.testing.assert_close(shown - plain, moved, rtol=1e-3, atol=1e-3)
+    close(shown - plain, moved)
 
 
 def test_order_and_batches_do_not_matter(tokenizer: Any) -> None:
@@ -81,7 +87,7 @@ def test_order_and_batches_do_not_matter(tokenizer: Any) -> None:
     for row in reversed(ROWS):
         other.learn(row)
     values = [adaptation_of(x.model).readout.values for x in (one, other)]
-    torch.testing.assert_close(*values, rtol=1e-3, atol=1e-3)
+    close(*values)
 
 
 @pytest.mark.parametrize("family", ["Llama", "GPT2", "Gemma2", "OPT", "Falcon", "GPTNeoX"])
@@ -122,10 +128,7 @@ def test_memory_files_and_merging(tokenizer: Any, tmp_path: Path, ids: torch.Ten
     assert torch.equal(fresh.model(ids).logits, whole.model(ids).logits)
     both = merge([half.memory for half in halves])
     fresh.use(both)
-    torch.testing.assert_close(
-        adaptation_of(fresh.model).readout.values, adaptation_of(whole.model).readout.values,
-        rtol=1e-3, atol=1e-3,
-    )  # fmt: skip
+    close(adaptation_of(fresh.model).readout.values, adaptation_of(whole.model).readout.values)
 
 
 def test_rows_have_memories_of_their_own(tokenizer: Any, ids: torch.Tensor) -> None:

@@ -57,9 +57,7 @@ class Example:
             text = tokenizer.apply_chat_template(
                 self.prompt, tokenize=False, add_generation_prompt=True
             )
-            whole = tokenizer.apply_chat_template(
-                [*self.prompt, *self.completion], tokenize=False
-            )
+            whole = tokenizer.apply_chat_template([*self.prompt, *self.completion], tokenize=False)
             if not whole.startswith(text):
                 raise ValueError("the chat template changes the prompt when it is answered")
             prompt, completion = _ids(tokenizer, text), _ids(tokenizer, whole[len(text) :])

@@ -82,8 +82,8 @@ class Learner:
 
     A model adapted with ``method="readout"`` has no gradients: what is read is added to sums, and
     the memory is their exact solution (`nestlearn.adaptation.readout`). ``lr``, ``optimizer``,
-    ``repeats``, ``clip`` and ``precondition`` do nothing there, and losses are those of a model that
-    knows what it knew when `learn` began.
+    ``repeats``, ``clip`` and ``precondition`` do nothing there, and losses are those of a model
+    that knows what it knew when `learn` began.
 
     Args:
         model: an adapted model, see `nestlearn.adapt`.

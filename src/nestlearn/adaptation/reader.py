@@ -127,9 +127,7 @@ def work(
             yield from segments(token_pieces(found, tokenizer), length)
 
 
-def segments(
-    pieces: Iterator[tuple[list[int], bool, bool]], length: int
-) -> Iterator[Segment]:
+def segments(pieces: Iterator[tuple[list[int], bool, bool]], length: int) -> Iterator[Segment]:
     """Segments of ``length`` tokens and the one before.
 
     Each token of a document but its first is predicted exactly once.

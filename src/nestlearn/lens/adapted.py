@@ -46,19 +46,23 @@ class AdaptedSystem(NestedSystem):
             own = [n for n, t in adaptation.targets.items() if name in t.levels]
             count = sum(sizes[n] for n in own)
             learns = level.period != NEVER and level.eta > 0
-            self.level_bytes[name] = 4 * count * (1 + MOMENTA) if learns else 0
+            exact = adaptation.method == "readout"
+            self.level_bytes[name] = 4 * count * (1 if exact else 1 + MOMENTA) if learns else 0
             blocks = sorted(
                 {s.block for s in adaptation.sites if set(own) & {s.output, *s.linears}}
             )
-            kind = "V" if adaptation.method == "added" else "MLP weights"
+            what = f"{'V' if adaptation.method == 'added' else 'MLP weights'} of blocks "
+            what = "sums of the readout" if exact else what + _ranges(blocks)
             boxes.append(
                 Box(
                     name,
                     "next-token loss of the stream",
                     f"{level.period:,} tokens",
-                    (f"{kind} of blocks {_ranges(blocks)}, {count:,} numbers",),
+                    (f"{what}, {count:,} numbers",),
                     Fraction(1, level.period) if learns else 0,
-                    solver="optimizer of its own" if learns else "frozen",
+                    solver=("least squares" if exact else "optimizer of its own")
+                    if learns
+                    else "frozen",
                 )
             )
             if learns:
@@ -95,8 +99,9 @@ class AdaptedSystem(NestedSystem):
                                f"{state}"))  # fmt: skip
         cost = tree.add("cost")
         cost.add(f"in the model: {self.added_bytes / 1e6:.1f} MB")
+        how = "" if handle.method == "readout" else " with AdamW"
         for name, size in self.level_bytes.items():
-            cost.add(escape(f"{name}, once it learns: {size / 1e6:.1f} MB with AdamW"))
+            cost.add(escape(f"{name}, once it learns: {size / 1e6:.1f} MB{how}"))
         return tree
 
 
