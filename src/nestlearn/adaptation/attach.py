@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nestlearn.adaptation.added import CHILD, AddedMemory, Hook, Rows, Target, refresh, stack_rows
+from nestlearn.adaptation.added import CHILD, AddedMemory, Hook, Target, refresh, stack_rows
 from nestlearn.adaptation.fingerprint import fingerprint
 from nestlearn.adaptation.keys import calibrated_keys, generate_text, preconditioners
 from nestlearn.adaptation.memory import Layout, Memory, level_name
@@ -69,7 +69,7 @@ class Adaptation:
         self.sites, self.frozen_sites, self.keys = sites, frozen_sites, keys
         self.targets: dict[str, Target] = {}
         self.active = True
-        self.in_rows: dict[str, Rows | ReadoutRows] | None = None
+        self.in_rows: dict[str, Any] | None = None  # Rows, or ReadoutRows
         self.readout: Readout
         self._hooks: list[Any] = []
         every = (*sites, *frozen_sites)
@@ -201,7 +201,7 @@ class Adaptation:
             same = memory and dataclasses.replace(memory.layout, keys=layout.keys)
             if same and (why := layout.difference(same)) is not None:
                 raise ValueError(f"memory {i} does not fit this model: {why}")
-        stacked: dict[str, Rows | ReadoutRows] = {}
+        stacked: dict[str, Any] = {}
         for name, target in self.targets.items():
             own = self.method == "readout"
             stacked[name] = (
