@@ -36,7 +36,7 @@ GRIDS: dict[str, list[dict[str, Any]]] = {
     "frozen": [{}],
     "icl": [{}],
     "inca": [{"top": 1, "layer": -1}, {"top": 1, "layer": 6}, {"top": 3, "layer": 6}],
-    "nestlearn": [{"gain": 30.0}, {"gain": 100.0}, {"gain": 300.0}],
+    "nestlearn": [{"gain": 100.0}, {"gain": 300.0}, {"gain": 1000.0}],
     "naive": RATES,
     "joint": RATES,
     "replay_5": RATES,

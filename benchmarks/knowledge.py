@@ -36,12 +36,12 @@ def grid(lrs: tuple[float, ...], **more: Any) -> list[dict[str, Any]]:
     return [{"lr": lr, **more} for lr in lrs]
 
 
-ALL_WEIGHTS = (2.5e-5, 5e-5, 1e-4, 2e-4)
-MEMORIES = (2.5e-4, 5e-4, 1e-3, 2e-3)
+ALL_WEIGHTS = (5e-5, 1e-4, 2e-4)
+MEMORIES = (5e-4, 1e-3, 2e-3)
 GRIDS: dict[str, list[dict[str, Any]]] = {
     "naive": grid(ALL_WEIGHTS),
-    "lora": grid((1e-4, 2.5e-4, 5e-4, 1e-3), rank=16),
-    "ewc": [*grid((1e-4,), ewc=1e5), *grid((1e-4, 2e-4), ewc=1e6), *grid((1e-4,), ewc=1e7)],
+    "lora": grid((2.5e-4, 5e-4, 1e-3), rank=16),
+    "ewc": [*grid((1e-4,), ewc=1e5), *grid((1e-4, 2e-4), ewc=1e6)],
     "replay": grid(ALL_WEIGHTS, replay=0.5),
     "nestlearn": grid(MEMORIES),
     "nestlearn_1_level": grid(MEMORIES, periods=(64,)),
@@ -74,7 +74,9 @@ def teacher(
     if method in ("frozen", "in_context"):
         return model, lambda text: None
     if method.startswith("nestlearn") or method == "placement":
-        levels = [nl.Level(period=p) for p in setting.get("periods", (64, 512, 4096))]
+        periods = setting.get("periods", (64, 512, 4096))
+        scales = setting.get("scales", [1.0] * len(periods))
+        levels = [nl.Level(period=p, lr_scale=s) for p, s in zip(periods, scales, strict=True)]
         kind = setting.get("method", "added")
         nl.adapt(model, levels, frozen=0.5, method=kind, seed=seed)
         learner = nl.Learner(

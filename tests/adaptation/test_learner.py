@@ -370,7 +370,7 @@ def test_learning_leaves_the_mode_and_the_base_weights(tokenizer: Any) -> None:
 
 
 def test_preconditioned_learning_is_the_stated_map(tokenizer: Any) -> None:
-    """One update with SGD: P times the gradient; F from its definition, a token at a time."""
+    """One update with SGD: Q Q times the gradient; F from its definition, a token at a time."""
     from nestlearn.adaptation.keys import generate_text, preconditioners
 
     levels = [nl.Level(period=8)]
@@ -382,7 +382,8 @@ def test_preconditioned_learning_is_the_stated_map(tokenizer: Any) -> None:
         learner.learn(TEXT[:8])
     made = adaptation_of(ours.model).preconditioners()
     for name, change in plain.memory.changes["every 8"].items():
-        torch.testing.assert_close(ours.memory.changes["every 8"][name], made[name] @ change)
+        whole = made[name] @ made[name]
+        torch.testing.assert_close(ours.memory.changes["every 8"][name], whole @ change)
 
     model = tiny_model()
     sites = adaptation_of(ours.model).sites
@@ -405,11 +406,38 @@ def test_preconditioned_learning_is_the_stated_map(tokenizer: Any) -> None:
             (g,) = torch.autograd.grad(logits[place, token], seen["y"], retain_graph=True)
             total += logits[place, token].detach().exp() * g[0].T @ g[0]
     handle.remove()
-    many = preconditioners(model, sites[-1:], few.expand(3000, -1), batch=500)[name]
+    root = preconditioners(model, sites[-1:], few.expand(3000, -1), batch=500)[name]
+    many = root @ root
     c = 0.1 * total.diagonal().mean()
     expected = torch.linalg.inv(total / c + torch.eye(32))
     # g of earlier places is not 0 where attention follows; here the site is in the last block.
     assert (many - expected).norm() < 0.05 * expected.norm()
+
+
+def test_preconditioners_are_kept_per_base_model(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from nestlearn.adaptation import calibration
+
+    monkeypatch.setattr(calibration, "SMALLEST", 0)
+    monkeypatch.setenv("NESTLEARN_CACHE", str(tmp_path))
+
+    def made(seed: int = 0) -> dict[str, Tensor]:
+        model = nl.adapt(tiny_model(seed=seed), rank=4, seed=seed)
+        return adaptation_of(model).preconditioners()
+
+    first, other = made(), made(seed=1)
+    files = sorted((tmp_path / "calibration").iterdir())
+    assert len(files) == 2
+    with monkeypatch.context() as patch:
+        patch.setattr(calibration, "preconditioners", None)  # not called again
+        assert all(torch.equal(p, first[n]) for n, p in made().items())
+    assert not torch.equal(*(next(iter(m.values())) for m in (first, other)))
+    for file in files:
+        file.write_bytes(file.read_bytes()[:100])
+    assert all(torch.equal(p, first[n]) for n, p in made().items())  # cut off: made again
+    monkeypatch.setenv("NESTLEARN_CACHE", str(files[0]))  # no folder can be made there
+    assert all(torch.equal(p, first[n]) for n, p in made().items())
 
 
 def test_counts_are_right_at_every_moment(tokenizer: Any) -> None:

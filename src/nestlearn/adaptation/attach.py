@@ -5,15 +5,15 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from nestlearn.adaptation.added import CHILD, AddedMemory, Hook, Target, refresh, stack_rows
+from nestlearn.adaptation.calibration import Calibration
 from nestlearn.adaptation.fingerprint import fingerprint
-from nestlearn.adaptation.keys import calibrated_keys, generate_text, preconditioners
 from nestlearn.adaptation.memory import Layout, Memory, level_name
 from nestlearn.adaptation.reader import reading
 from nestlearn.adaptation.readout import (
@@ -45,7 +45,8 @@ class Adaptation:
         frozen_sites: the blocks that do not.
         targets: name -> weight that is learned.
         keys: of added memories, float32.
-        calibration, seed: what keys and preconditioners are fitted to.
+        base: fingerprint of the base model's weights.
+        calibration: what keys and preconditioners are fitted to.
         active: whether added memories take part in the forward pass.
         in_rows: what `rows` adds to each target's output, while it is in force.
         readout: the memory at the model's end, if that is the method.
@@ -59,12 +60,11 @@ class Adaptation:
         sites: tuple[Site, ...],
         frozen_sites: tuple[Site, ...],
         keys: dict[str, Tensor],
-        calibration: Tensor | str | None = None,
-        seed: int = 0,
+        base: str,
+        calibration: Calibration,
     ) -> None:
         self.method, self.levels = method, levels
-        self.calibration, self.seed = calibration, seed
-        self._model = model
+        self.base, self.calibration = base, calibration
         self._preconditioners: dict[str, Tensor] | None = None
         self.sites, self.frozen_sites, self.keys = sites, frozen_sites, keys
         self.targets: dict[str, Target] = {}
@@ -72,13 +72,6 @@ class Adaptation:
         self.in_rows: dict[str, Any] | None = None  # Rows, or ReadoutRows
         self.readout: Readout
         self._hooks: list[Any] = []
-        every = (*sites, *frozen_sites)
-        self.base = fingerprint(
-            {
-                "embeddings": model.get_input_embeddings().weight,  # type: ignore[operator]
-                **{n: _weight(model, n) for site in every for n in site.linears},
-            }
-        )
         self._required = {p: p.requires_grad for p in model.parameters()}
         for p in self._required:
             p.requires_grad_(False)
@@ -128,22 +121,15 @@ class Adaptation:
             p.requires_grad_(required)
 
     def preconditioners(self) -> dict[str, Tensor]:
-        """P of every added memory (see `nestlearn.adaptation.keys`), made when first asked for.
+        """P^(1/2) of every added memory (`nestlearn.adaptation.keys.preconditioners`), made when
+        first asked for.
 
         Empty for placement, and where the keys are not calibrated.
         """
         if self._preconditioners is None:
-            self._preconditioners = {}
-            if self.method == "added" and self.calibration is not None:
-                model = self._model
-                with self.inactive():
-                    made = _calibrate(
-                        model, self.calibration, self.seed,
-                        lambda tokens: preconditioners(model, self.sites, tokens, self.seed),
-                    )  # fmt: skip
-                self._preconditioners = {
-                    n: p.to(self.targets[n].weight.device) for n, p in made.items()
-                }
+            with self.inactive():
+                made = self.calibration.preconditioners() if self.method == "added" else {}
+            self._preconditioners = {n: p.to(self.targets[n].weight) for n, p in made.items()}
         return self._preconditioners
 
     # -- memories -----------------------------------------------------------------------------
@@ -253,7 +239,7 @@ def adapt(
         calibration: what the added memories' keys are fitted to (see `nestlearn.adaptation.keys`):
             ``"generate"``, a text that the model generates (some seconds); tokens ``(B, T)`` of
             general text; or None, random keys.
-        seed: of keys and generated text.
+        seed: of the keys.
 
     Returns:
         ``model``.
@@ -285,16 +271,15 @@ def adapt(
             f"{len(chosen)} levels cannot be placed on {len(learning)} blocks; use fewer levels or "
             "freeze less"
         )
+    base = _fingerprint(model, found)
+    fitted = Calibration(model, learning, base, calibration)
     keys = {}
     if method == "added":
-        keys = _keys(model, learning, rank, calibration, seed)
+        keys = fitted.keys(rank, seed)
     elif method == "readout":
-        width, size = found[0].width, rank
-        keys = _calibrate(
-            model, calibration, seed,
-            lambda tokens: {TARGET: readout_prior(model, width, tokens, size)},
-        )  # fmt: skip
-    handle = Adaptation(model, method, chosen, learning, found[:first], keys, calibration, seed)
+        with reading(model):
+            keys = {TARGET: readout_prior(model, found[0].width, fitted.text(), rank)}
+    handle = Adaptation(model, method, chosen, learning, found[:first], keys, base, fitted)
     setattr(model, _HANDLE, handle)
     return model
 
@@ -335,8 +320,10 @@ def adapt_to(
             "the memory does not fit this model, which has no "
             f"{sorted(missing)[0] if missing else 'blocks to learn'}: another base model"
         )
+    base = _fingerprint(model, found)
+    fitted = Calibration(model, learning, base, calibration)
     handle = Adaptation(
-        model, layout.method, memory.levels, learning, frozen, memory.keys, calibration
+        model, layout.method, memory.levels, learning, frozen, memory.keys, base, fitted
     )
     why = handle.layout.difference(layout)
     if why is not None:
@@ -385,32 +372,10 @@ def _levels(levels: Sequence[Level]) -> tuple[Level, ...]:
     return tuple(chosen)
 
 
-def _keys(
-    model: nn.Module,
-    sites: Sequence[Site],
-    rank: int,
-    calibration: Tensor | str | None,
-    seed: int,
-) -> dict[str, Tensor]:
-    return _calibrate(
-        model, calibration, seed, lambda tokens: calibrated_keys(model, sites, tokens, rank, seed)
-    )
-
-
-def _calibrate(
-    model: nn.Module,
-    calibration: Tensor | str | None,
-    seed: int,
-    fit: Callable[[Any], dict[str, Tensor]],
-) -> dict[str, Tensor]:
-    """What ``fit`` makes of the calibration text, the model being in evaluation mode."""
-    if isinstance(calibration, str) and calibration != "generate":
-        raise ValueError(
-            f"calibration must be 'generate', tokens (B, T) or None, got {calibration!r}"
-        )
-    with reading(model):
-        text = generate_text(model, seed=seed) if isinstance(calibration, str) else calibration
-        return fit(text)
+def _fingerprint(model: nn.Module, sites: Sequence[Site]) -> str:
+    embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
+    weights = {n: _weight(model, n) for site in sites for n in site.linears}
+    return fingerprint({"embeddings": embeddings.weight, **weights})
 
 
 def _weight(model: nn.Module, name: str) -> Tensor:

@@ -112,11 +112,13 @@ def preconditioners(
     ridge: float = 0.1,
     batch: int = 8,
 ) -> dict[str, Tensor]:
-    """P of ``m <- a m - eta P dL/dV`` (Eq. 47): turns gradients away from what the model needs.
+    """P^(1/2), P the preconditioner of Eq. 47: turns steps away from what the model needs.
 
     ``P = (F + c)^{-1} c`` with ``F = E[g g^T]``, g the gradient of the log-likelihood of what the
     model itself would say next (Fisher information) at the output of a site. With the keys, which
-    do the same for the inputs, it is natural gradient with a Kronecker-factored curvature.
+    do the same for the inputs, it is natural gradient with a Kronecker-factored curvature. The
+    square root is what an optimizer is put between: it sees ``P^(1/2) dL/dV`` and its step is
+    multiplied by P^(1/2), as if ``V = P^(1/2) U`` and U were learned.
 
     Args:
         model: a causal language model; its parameters get no gradient.
@@ -127,7 +129,7 @@ def preconditioners(
         batch: rows at a time.
 
     Returns:
-        path of the site's output map -> P ``(D, D)``, float32.
+        path of the site's output map -> P^(1/2) ``(D, D)``, symmetric, float32.
     """
     generator = torch.Generator().manual_seed(seed)
     outputs: dict[str, Tensor] = {}
@@ -158,14 +160,14 @@ def preconditioners(
     finally:
         for hook in hooks:
             hook.remove()
-    return {name: _inverse(total, ridge) for name, total in sums.items()}
+    return {name: _inverse_root(total, ridge) for name, total in sums.items()}
 
 
-def _inverse(curvature: Tensor, ridge: float) -> Tensor:
-    """``(F / c + 1)^{-1}``, c = ridge times F's mean eigenvalue."""
-    scaled = curvature.double() / (ridge * curvature.diagonal().double().mean()).clamp(min=1e-300)
-    scaled.diagonal().add_(1.0)
-    return torch.cholesky_inverse(torch.linalg.cholesky(scaled)).float()
+def _inverse_root(curvature: Tensor, ridge: float) -> Tensor:
+    """``(F / c + 1)^{-1/2}``, c = ridge times F's mean eigenvalue."""
+    scale = (ridge * curvature.diagonal().double().mean()).clamp(min=1e-300)
+    values, vectors = torch.linalg.eigh(curvature.double() / scale)
+    return ((vectors * (1 + values.clamp(min=0)).rsqrt()) @ vectors.mT).float()
 
 
 def _turned_down(random: Tensor, h: Tensor, size: float, ridge: float) -> Tensor:

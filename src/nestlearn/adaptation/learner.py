@@ -70,7 +70,7 @@ class Learner:
     segment is differentiated once for all levels; a level is updated when its clock is due, with
     the mean gradient of the tokens since its last update:
 
-        theta_l <- theta_l - lr_l * optimizer(P mean of gradients in the period)  if due
+        theta_l <- theta_l - Q * step_l(Q * mean gradient of the period)   if due, Q = P^(1/2)
         theta_l <- theta_l * 2^(-period / half_life)                              retention
         theta_(l+1) += s theta_l,  theta_l <- (1 - s) theta_l                     consolidation
 
@@ -93,9 +93,9 @@ class Learner:
             level names (and ``"*"``) to these.
         repeats: gradient steps on each segment. Clocks count a token as often as it is learned.
         clip: largest norm of a segment's gradient.
-        precondition: turn gradients of added memories away from what the model needs for other
-            text (see `nestlearn.adaptation.keys.preconditioners`; some seconds before the first
-            segment). Without it learning is plain, and other text suffers more.
+        precondition: turn steps of added memories away from what the model needs for other text
+            (see `nestlearn.adaptation.keys.preconditioners`; some seconds before the first segment
+            that a base model ever learns). Without it Q is 1, and other text suffers more.
         batch: examples learned together.
         context: tokens a segment sees at most, itself included (default: 1,024, or the model's
             own limit).
@@ -375,25 +375,28 @@ class Learner:
             sums = self._writer.sums(self._handle.readout.make_key(key), tokens.to(self.device))
         if not (math.isfinite(first) and torch.isfinite(sums).all()):
             return None
-        self._weights.update({TARGET: -sums}, item.tokens)
+        self._weights.update({TARGET: -sums}, item.tokens, {})
         return first
 
     @torch.no_grad()
     def _update(self, grads: Sequence[Tensor | None], tokens: int) -> bool:
         """Hand a segment's gradients to the levels; False if they are not finite."""
-        made = self._handle.preconditioners() if self.precondition else {}
+        roots = self._roots()
         given = {}
         for name, g in zip(self._handle.targets, grads, strict=True):
             if g is not None:
-                given[name] = made[name] @ g.float() if name in made else g.float()
+                given[name] = (roots[name] @ g if name in roots else g).float()
         norm = torch.nn.utils.get_total_norm(given.values()).item()
         if not math.isfinite(norm):
             return False
         # Levels average over the tokens of their period, so a segment counts by its tokens.
         scale = tokens * min(1.0, self.clip / norm if norm > 0 else 1.0)
         torch._foreach_mul_(list(given.values()), scale)
-        self._weights.update(given, tokens)
+        self._weights.update(given, tokens, roots)
         return True
+
+    def _roots(self) -> dict[str, Tensor]:
+        return self._handle.preconditioners() if self.precondition else {}
 
     def _count(self, name: str, more: int) -> None:
         self._memory.counts[name] = self._memory.counts.get(name, 0) + more

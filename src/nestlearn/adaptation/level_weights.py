@@ -78,20 +78,34 @@ class LevelWeights:
             self._load(memory.optimizer)
 
     @torch.no_grad()
-    def update(self, gradients: Mapping[str, Tensor], tokens: int) -> tuple[str, ...]:
-        """Hand every level the summed gradients of ``tokens`` tokens; the levels that were due
-        are updated, and with them the weights that the model computes with.
+    def update(
+        self, gradients: Mapping[str, Tensor], tokens: int, roots: Mapping[str, Tensor]
+    ) -> tuple[str, ...]:
+        """One optimizer step; levels that are due are updated, and what the model computes with.
+
+        Args:
+            gradients: target -> gradient summed over ``tokens`` tokens, multiplied by Q.
+            tokens: how far the clocks advance.
+            roots: target -> Q that the optimizer's step is multiplied by; 1 where there is none.
 
         Returns:
             names of the levels that were updated.
         """
-        for i, own in enumerate(self.parameters.values()):
+        before: dict[nn.Parameter, Tensor] = {}
+        for i, (name, own) in enumerate(self.parameters.items()):
+            due = self.optimizer.levels[name]
+            stepping = due.clock.boundaries(due.steps, due.steps + tokens)
             for target, parameter in own.items():
                 parameter.grad = None if i and self._sums else gradients.get(target)
+                if stepping and target in roots:
+                    before[parameter] = parameter.detach().clone()
         self.optimizer.step(units=tokens)
         for own in self.parameters.values():
-            for parameter in own.values():
+            for target, parameter in own.items():
                 parameter.grad = None
+                if parameter in before:
+                    step = parameter.sub_(before[parameter]).to(roots[target])
+                    torch.add(before[parameter], roots[target] @ step, out=parameter.data)
         fired = self.optimizer.fired
         faster: Level | None = None
         for level in self._handle.levels:
