@@ -124,6 +124,10 @@ def test_memory_files_and_merging(tokenizer: Any, tmp_path: Path, ids: torch.Ten
         half.learn(rows)
     whole.save(tmp_path / "w.nlmem")
     memory = read_memory(tmp_path / "w.nlmem")
+    small = whole.save(tmp_path / "s.nlmem", max_bytes=70_000)
+    assert (small.storage, small.snapshots) == ("float32", 0)
+    with pytest.raises(ValueError, match="this memory needs at least"):
+        whole.save(tmp_path / "s.nlmem", max_bytes=20_000)
     fresh = nl.Learner(adapt_to(tiny_model(), memory), tokenizer, memory=memory)
     assert torch.equal(fresh.model(ids).logits, whole.model(ids).logits)
     both = merge([half.memory for half in halves])
