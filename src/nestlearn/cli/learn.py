@@ -30,12 +30,14 @@ class Learn:
     """Folder, .gguf file or Hugging Face id of the base model; it is never changed."""
     memory: Path
     """The memory file (*.nlmem): made if there is none, continued if there is one."""
-    levels: tuple[int, ...] = (64, 512, 4096)
-    """Periods of the levels in tokens; for a new memory."""
-    method: Literal["added", "placement"] = "added"
-    """Memories beside the MLPs, or the MLPs themselves as levels; for a new memory."""
-    rank: int = 256
-    """Keys per added memory; for a new memory."""
+    levels: tuple[int, ...] | None = None
+    """Periods of the levels in tokens (default 64 512 4096, of a readout 1); for a new memory."""
+    method: Literal["added", "placement", "readout"] = "added"
+    """Memories beside the MLPs, the MLPs themselves as levels, or one exact memory at the end (for
+    examples with a prompt and a completion); for a new memory."""
+    rank: int | None = None
+    """Keys per added memory (default 256), numbers in a readout's key (default 3,072); for a new
+    memory."""
     frozen: float = 0.5
     """Share of the blocks, from the input up, that learn nothing; for a new memory."""
     lr: float = 1e-3
