@@ -60,6 +60,20 @@ def test_learn_makes_and_continues_a_memory(
     assert (Path(base) / "model.safetensors").read_bytes() == weights
 
 
+def test_learn_reads_examples_into_a_readout(base: str, tmp_path: Path, capsys: Any) -> None:
+    rows = [{"prompt": f"{w} fish?", "completion": f" {w[::-1]}\n"} for w in ("red", "old")]
+    path, memory = tmp_path / "rows.jsonl", tmp_path / "me.nlmem"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    command = ["learn", "--model", base, "--memory", str(memory), str(path)]
+    assert main([*command, "--method", "readout", "--rank", "32", "--held-out", str(path)]) == 0
+    out = capsys.readouterr().out
+    assert "learned 10 tokens of 2 documents" in out and "perplexity changed by -" in out
+    found = read_memory(memory)
+    assert found.layout.method == "readout" and found.names == ("every 1",)
+    assert main(["memory", "show", str(memory)]) == 0
+    assert "readout" in capsys.readouterr().out
+
+
 def test_learn_reads_pipes_and_data_sets(
     base: str, tmp_path: Path, monkeypatch: Any, capsys: Any
 ) -> None:

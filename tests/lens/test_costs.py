@@ -228,9 +228,15 @@ def test_parameters_are_counted_once() -> None:
 def test_adapted_models_count_what_was_added() -> None:
     model = tiny_model()
     plain = nl.inspect(model, tokens=T)
-    nl.adapt(model, [nl.Level(period=8)], rank=4, frozen=0.5)
+    nl.adapt(model, [nl.Level(period=8)], rank=4, slots=6, frozen=0.5)
+    handle = nl.adaptation.adaptation_of(model)
+    memory = handle.new_memory()
+    for name, target in handle.targets.items():  # every slot is taken
+        level = target.levels[0]
+        memory.changes.setdefault(level, {})[name] = torch.randn(target.weight.shape)
+    handle.show(memory)
     system = nl.inspect(model, tokens=T)
     ids = torch.randint(256, (1, T))
     assert counted(lambda: model(ids, use_cache=False)) == T * system.flops_per_token
-    assert system.flops_per_token - plain.flops_per_token == 2 * 2 * 4 * (48 + 32)
+    assert system.flops_per_token - plain.flops_per_token == 2 * (4 * 48 + 6 * (4 + 32))
     assert system.parameter_bytes == plain.parameter_bytes

@@ -16,7 +16,6 @@ from nestlearn.adaptation.added import (
     KEYS,
     AddedMemory,
     Hook,
-    Rows,
     Seen,
     Target,
     memory_of,
@@ -81,7 +80,7 @@ class Adaptation:
         self.active = True
         self.holds = False
         self.seen: dict[str, Seen] | None = None
-        self.in_rows: dict[str, Rows | ReadoutRows] | None = None
+        self.in_rows: dict[str, Any] | None = None  # Rows, or ReadoutRows
         self.readout: Readout
         self._hooks: list[Any] = []
         self._required = {p: p.requires_grad for p in model.parameters()}
@@ -203,7 +202,7 @@ class Adaptation:
             same = memory and dataclasses.replace(memory.layout, fixed=layout.fixed)
             if same and (why := layout.difference(same)) is not None:
                 raise ValueError(f"memory {i} does not fit this model: {why}")
-        stacked: dict[str, Rows | ReadoutRows] = {}
+        stacked: dict[str, Any] = {}
         for name, target in self.targets.items():
             if self.method == "readout":
                 stacked[name] = ReadoutRows(self.readout, memories)

@@ -69,7 +69,7 @@ def write_memory(memory: Memory, path: str | Path, max_bytes: int | None = None)
         max_bytes: the file's largest size. Without it everything is stored exactly, and learning
             goes on bit for bit. With it, the first of these that fits is taken: everything exact;
             changes in bfloat16; without momenta; with fewer snapshots; changes in int8; changes of
-            lower and lower rank.
+            lower and lower rank. A readout is stored exactly, if need be with fewer snapshots.
 
     Returns:
         what was stored how.
@@ -169,10 +169,10 @@ def _plan(memory: Memory, limit: int | None) -> Stored:
     for plan in _plans(memory):
         if limit is None or plan.nbytes + _ROOM <= limit:
             return plan
-    smallest = list(_plans(memory))[-1].nbytes + _ROOM
+    least = list(_plans(memory))[-1]
     raise ValueError(
-        f"this memory needs at least {smallest} bytes (rank 1), the budget is {limit}; adapt fewer "
-        "blocks, or use fewer levels"
+        f"this memory needs at least {least.nbytes + _ROOM} bytes ({least.storage}), the budget is "
+        f"{limit}; adapt with fewer blocks, a smaller rank or fewer levels"
     )
 
 
@@ -203,6 +203,10 @@ def _plans(memory: Memory) -> Iterator[Stored]:
         ]
         return fixed + sum(size_of(shape, storage) for shape in shapes)
 
+    if memory.layout.method == "readout":  # rounded sums would have no exact solution
+        for kept in range(count, -1, -1):
+            yield Stored("float32", True, kept, size("float32", kept) + momenta)
+        return
     for storage in ("float32", "bfloat16"):
         yield Stored(storage, True, count, size(storage, count) + momenta)
     yield Stored("bfloat16", False, count, size("bfloat16", count))

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 TARGET = "readout"
 RANK = 3072
 """Numbers in a key, r, unless something else is asked for."""
-RIDGE, GENERAL, GAIN = 0.01, 100.0, 30.0
+RIDGE, GENERAL, GAIN = 0.01, 100.0, 100.0
 
 
 class Readout(nn.Module):
@@ -45,7 +45,7 @@ class Readout(nn.Module):
     Args:
         blocks: L.
         width: D.
-        prior: factor of ``A_0 = prior^T prior``, ``(r, r)``.
+        factor: R in ``A_0 = R^T R``, ``(r, r)``.
 
     Attributes:
         sums: ``[sum k k^T; sum t k^T]``, ``(r + D, r)``, float32; V is solved from it when it is
@@ -56,10 +56,11 @@ class Readout(nn.Module):
     prior: Tensor
     signs: Tensor
 
-    def __init__(self, blocks: int, width: int, prior: Tensor, device: torch.device) -> None:
+    def __init__(self, blocks: int, width: int, factor: Tensor, device: torch.device) -> None:
         super().__init__()
-        self.rank, self.width, self.gain = len(prior), width, GAIN
-        self.register_buffer("prior", prior.float().to(device), persistent=False)
+        self.rank, self.width, self.gain = len(factor), width, GAIN
+        factor = factor.float().to(device)
+        self.register_buffer("prior", factor.mT @ factor, persistent=False)
         self.register_buffer("signs", _signs(blocks, width).to(device), persistent=False)
         sums = torch.zeros(self.rank + width, self.rank, device=device)
         self.sums = nn.Parameter(sums, requires_grad=False)
@@ -93,7 +94,7 @@ class Readout(nn.Module):
         cross = sums[self.rank :]
         if not cross.any():
             return None
-        return solve(sums[: self.rank], cross, self.prior.mT @ self.prior)
+        return solve(sums[: self.rank], cross, self.prior)
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
@@ -211,7 +212,7 @@ def attach_readout(handle: Adaptation, model: Any) -> tuple[Readout, nn.Module, 
     """Put a readout on a model; returns it, the module it is part of and the hooks."""
     places = find_attention(model)
     width = handle.sites[0].width
-    body = model.base_model
+    body = model.get_decoder()
     device = model.get_output_embeddings().weight.device
     readout = Readout(len(places), width, handle.fixed[TARGET], device)
     body.add_module(CHILD, readout)
@@ -240,7 +241,7 @@ def readout_prior(model: Any, width: int, tokens: Tensor | None, rank: int) -> T
         try:
             for rows in tokens.split(8):
                 model(input_ids=rows.to(device), use_cache=False, logits_to_keep=1)
-                key = probe.make_key(probe.parts).flatten(0, 1).double().cpu()
+                key = probe.make_key(probe.parts).flatten(0, 1).cpu()
                 total += key.mT @ key
                 probe.parts = []
         finally:

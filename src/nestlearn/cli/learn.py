@@ -30,10 +30,13 @@ class Learn:
     """Folder, .gguf file or Hugging Face id of the base model; it is never changed."""
     memory: Path
     """The memory file (*.nlmem): made if there is none, continued if there is one."""
-    levels: tuple[int, ...] = (64, 512, 4096)
-    """Periods of the levels in tokens; for a new memory."""
-    method: Literal["added", "placement"] = "added"
-    """Memories beside the MLPs, or the MLPs themselves as levels; for a new memory."""
+    levels: tuple[int, ...] | None = None
+    """Periods of the levels in tokens (default 64 512 4096, of a readout 1); for a new memory."""
+    method: Literal["added", "placement", "readout"] = "added"
+    """Memories beside the MLPs, the MLPs themselves as levels, or one exact memory at the end (for
+    examples with a prompt and a completion); for a new memory."""
+    rank: int | None = None
+    """Numbers in a key (default 256, of a readout 3,072); for a new memory."""
     slots: int = 4096
     """Pairs that an added memory can hold; for a new memory."""
     frozen: float | None = None
@@ -109,8 +112,8 @@ class Learn:
     def _learner(self) -> Learner:
         return open_learner(
             self.model, self.memory, self.dtype, self.device,
-            {"periods": self.levels, "method": self.method, "slots": self.slots,
-             "frozen": self.frozen},
+            {"periods": self.levels, "method": self.method, "rank": self.rank,
+             "slots": self.slots, "frozen": self.frozen},
             lr=self.lr, optimizer=self.optimizer, repeats=self.repeats, context=self.context,
         )  # fmt: skip
 

@@ -33,7 +33,6 @@ def open_learner(
         ValueError: no memory file can be made there; said before the model is loaded.
     """
     from nestlearn.adaptation import Learner, adapt, adapt_to, read_memory
-    from nestlearn.adaptation.attach import PERIODS
     from nestlearn.adaptation.file import check_path
     from nestlearn.levels.level import Level
 
@@ -42,8 +41,9 @@ def open_learner(
         base, tokenizer = load_pretrained(model, dtype, device)
         return Learner(adapt_to(base, memory), tokenizer, memory=memory, **settings)
     check_path(path)
-    options = {"periods": PERIODS, **(new or {})}
-    levels = [Level(period=p) for p in options.pop("periods")]
+    options = {"periods": None, **(new or {})}
+    periods = options.pop("periods")
+    levels = None if periods is None else [Level(period=p) for p in periods]
     base, tokenizer = load_pretrained(model, dtype, device)
     adapt(base, levels, **options)
     print(f"new memory: {path}")

@@ -124,8 +124,9 @@ class InContext(Writing):
         ids = tokens(self.tokenizer, "") + [t for one in chosen for t in one]
         device = self.model.get_input_embeddings().weight.device
         with torch.no_grad(), reading(self.model):
-            row = torch.tensor([ids], device=device)
-            self._prefix = self.model(row, use_cache=True, logits_to_keep=1).past_key_values
+            self._prefix = self.model(
+                torch.tensor([ids], device=device), use_cache=True, logits_to_keep=1
+            ).past_key_values
 
     def classify(self, prompts: Sequence[str], completions: Sequence[str]) -> list[int]:
         """See `Classifier`."""

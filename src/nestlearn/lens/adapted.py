@@ -33,8 +33,13 @@ MOMENTA = {"added": 1, "placement": 2, "readout": 0}
 
 @register_module(AddedMemory)
 def _added_memory(module: AddedMemory, scope: Scope) -> Found:
-    """``V K h``: the keys are a buffer, so their work is counted with the values."""
-    return Found(flops={module.values: 2.0 * (module.values.numel() + module.keys.numel())})
+    """Keys are no parameters that learn: their work, at full slots, is counted with the values."""
+    return Found(
+        flops={
+            module.values: 2.0
+            * (module.values.numel() + module.keys.numel() + module.projection.numel())
+        }
+    )
 
 
 def is_adapted(model: nn.Module) -> bool:
@@ -85,15 +90,19 @@ class AdaptedSystem(InspectedSystem):
             blocks = sorted(
                 {s.block for s in adaptation.sites if set(targets) & {s.output, *s.linears}}
             )
-            kind = "V" if adaptation.method == "added" else "MLP weights"
+            exact = adaptation.method == "readout"
+            what = f"{'V' if adaptation.method == 'added' else 'MLP weights'} of blocks "
+            what = "sums of the readout" if exact else what + _ranges(blocks)
             boxes.append(
                 Box(
                     name,
                     "next-token loss of the stream",
                     f"{level.period:,} tokens",
-                    (f"{kind} of blocks {_ranges(blocks)}, {count:,} numbers",),
+                    (f"{what}, {count:,} numbers",),
                     Fraction(1, level.period) if learns else 0,
-                    solver="optimizer of its own" if learns else "frozen",
+                    solver=("least squares" if exact else "optimizer of its own")
+                    if learns
+                    else "frozen",
                     differentiated="no: written without a graph",
                     state_bytes=self.level_bytes[name],
                     flops_per_token=0,  # read with what all levels share, see `shared_flops`

@@ -1,0 +1,189 @@
+"""The exact memory at a model's end."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import nestlearn as nl
+from nestlearn.adaptation import read_memory
+from nestlearn.adaptation.attach import adapt_to, adaptation_of
+from nestlearn.adaptation.operations import merge
+from tests.adaptation.conftest import WIDTH, tiny_model
+
+ROWS = [{"prompt": f"{w} fish?", "completion": f" {w[::-1]}\n"} for w in
+        ("red", "blue", "old", "new", "wet", "dry", "big", "odd")]  # fmt: skip
+RANK = 48
+
+
+def learner_of(tokenizer: Any, family: str = "Llama", **settings: Any) -> nl.Learner:
+    model = nl.adapt(tiny_model(family), method="readout", rank=RANK, calibration=None)
+    return nl.Learner(model, tokenizer, **settings)
+
+
+def pairs(model: Any, rows: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys by their definition, from the attention's outputs one example at a time; tokens."""
+    handle = adaptation_of(model)
+    signs = handle.readout.signs.double()
+    keys, tokens = [], []
+    for row in rows:
+        prompt, completion = [256, *row["prompt"].encode()], list(row["completion"].encode())
+        seen: list[torch.Tensor] = []
+
+        def keep(module: Any, inputs: Any, output: Any, seen: Any = seen) -> None:
+            seen.append(output[0][0].double())
+
+        hooks = [block.self_attn.register_forward_hook(keep) for block in model.model.layers]
+        with handle.inactive(), torch.no_grad():
+            model(torch.tensor([prompt + completion]))
+        for hook in hooks:
+            hook.remove()
+        for t in range(len(prompt) - 1, len(prompt) + len(completion) - 1):
+            key = torch.zeros(RANK, dtype=torch.float64)
+            for i, a in enumerate(seen):
+                place = int(i * RANK / len(seen))
+                for d in range(WIDTH):
+                    key[(place + d) % RANK] += signs[i, d] * a[t, d] / a[t].norm()
+            keys.append(key / key.norm())
+        tokens += completion
+    return torch.stack(keys), torch.tensor(tokens)
+
+
+def close(found: torch.Tensor, right: torch.Tensor) -> None:
+    """Equal up to what a small ridge makes of float32 sums."""
+    assert (found.double() - right.double()).norm() < 1e-3 * right.double().norm()
+
+
+def test_values_are_the_least_squares_solution(tokenizer: Any) -> None:
+    learner = learner_of(tokenizer, batch=3)
+    learner.learn(ROWS)
+    readout = adaptation_of(learner.model).readout
+    K, y = pairs(learner.model, ROWS)
+    E = learner.model.get_output_embeddings().weight.detach().double()
+    curvature = E.mT @ E
+    curvature += 1e-4 * curvature.diagonal().mean() * torch.eye(WIDTH)
+    T = E[y] @ torch.linalg.inv(curvature)
+    T = T * readout.gain / (T * E[y]).sum(1, keepdim=True)
+    V = T.mT @ K @ torch.linalg.inv(K.mT @ K + readout.prior.double())
+    close(readout.values, V)
+    # ... and the logits move by E V k.
+    ids = torch.tensor([[256, *b"red fish?"]])
+    with torch.no_grad():
+        shown = learner.model(ids).logits[0, -1]
+        with adaptation_of(learner.model).inactive():
+            plain = learner.model(ids).logits[0, -1]
+    moved = (E @ V @ pairs(learner.model, ROWS[:1])[0][0]).float()
+    close(shown - plain, moved)
+
+
+def test_order_and_batches_do_not_matter(tokenizer: Any) -> None:
+    one, other = learner_of(tokenizer, batch=3), learner_of(tokenizer, batch=8)
+    one.learn(ROWS)
+    for row in reversed(ROWS):
+        other.learn(row)
+    values = [adaptation_of(x.model).readout.values for x in (one, other)]
+    close(*values)
+
+
+@pytest.mark.parametrize("family", ["Llama", "GPT2", "Gemma2", "OPT", "Falcon", "GPTNeoX"])
+def test_it_learns_and_leaves_again(tokenizer: Any, family: str, ids: torch.Tensor) -> None:
+    base = tiny_model(family)
+    plain = base(ids).logits
+    learner = learner_of(tokenizer, family)
+    assert torch.equal(learner.model(ids).logits, plain)
+    before = learner.evaluate(ROWS)["loss"]
+    done = learner.learn(ROWS)
+    assert done.loss == pytest.approx(before, rel=1e-4)  # as known when learning began
+    assert learner.evaluate(ROWS)["loss"] < 0.5 * before
+    learner.undo()
+    assert torch.equal(learner.model(ids).logits, plain)
+    learner.learn(ROWS)
+    assert torch.equal(nl.unadapt(learner.model)(ids).logits, plain)
+
+
+def test_generation_with_a_cache_equals_one_pass(tokenizer: Any) -> None:
+    learner = learner_of(tokenizer)
+    learner.learn(ROWS)
+    prompt = torch.tensor([[256, *b"blue fish?"]])
+    out = learner.model.generate(prompt, max_new_tokens=6, do_sample=False, pad_token_id=0)
+    assert bytes(out[0, prompt.shape[1] :].tolist()) == b" eulb\n"
+    with torch.no_grad():
+        logits = learner.model(out).logits[0]
+    assert logits[prompt.shape[1] - 1 : -1].argmax(-1).tolist() == out[0, -6:].tolist()
+
+
+def test_memory_files_and_merging(tokenizer: Any, tmp_path: Path, ids: torch.Tensor) -> None:
+    whole, halves = learner_of(tokenizer), [learner_of(tokenizer) for _ in range(2)]
+    whole.learn(ROWS)
+    for half, rows in zip(halves, (ROWS[:4], ROWS[4:]), strict=True):
+        half.learn(rows)
+    whole.save(tmp_path / "w.nlmem")
+    memory = read_memory(tmp_path / "w.nlmem")
+    small = whole.save(tmp_path / "s.nlmem", max_bytes=70_000)
+    assert small.storage == "float32"
+    with pytest.raises(ValueError, match="this memory needs at least"):
+        whole.save(tmp_path / "s.nlmem", max_bytes=20_000)
+    fresh = nl.Learner(adapt_to(tiny_model(), memory), tokenizer, memory=memory)
+    assert torch.equal(fresh.model(ids).logits, whole.model(ids).logits)
+    both = merge([half.memory for half in halves])
+    fresh.use(both)
+    close(adaptation_of(fresh.model).readout.values, adaptation_of(whole.model).readout.values)
+
+
+def test_rows_have_memories_of_their_own(tokenizer: Any, ids: torch.Tensor) -> None:
+    learner = learner_of(tokenizer)
+    plain = learner.model(ids).logits
+    learner.learn(ROWS[:4])
+    one = learner.memory.copy()
+    shown = learner.model(ids).logits
+    learner.learn(ROWS[4:])
+    with adaptation_of(learner.model).rows([one, None]):
+        found = learner.model(ids).logits
+    torch.testing.assert_close(found, torch.stack([shown[0], plain[1]]))
+
+
+def test_a_fast_level_fades_and_a_slow_one_takes_over(tokenizer: Any) -> None:
+    levels = [nl.Level(period=1, half_life=1.0), nl.Level(period=4, meta_rate=1.0)]
+    model = nl.adapt(tiny_model(), levels, method="readout", rank=RANK, calibration=None)
+    learner = nl.Learner(model, tokenizer)
+    learner.learn(ROWS)  # one batch: the fast level fades by half, the slow one takes the rest
+    single = learner_of(tokenizer)
+    single.learn(ROWS)
+    fast, slow = (learner.memory.changes[n]["readout"] for n in ("every 1", "every 4"))
+    assert not fast.any()
+    torch.testing.assert_close(slow, 0.5 * single.memory.changes["every 1"]["readout"])
+
+
+def test_general_text_is_left_alone(tokenizer: Any) -> None:
+    model = tiny_model()
+    text = torch.randint(256, (8, 32), generator=torch.Generator().manual_seed(0))
+
+    def moved(calibration: torch.Tensor | None) -> float:
+        adapted = nl.adapt(
+            copy.deepcopy(model), method="readout", rank=RANK, calibration=calibration
+        )
+        learner = nl.Learner(adapted, tokenizer)
+        plain = adapted(text).logits.log_softmax(-1)
+        learner.learn(ROWS)
+        return F.kl_div(
+            adapted(text).logits.log_softmax(-1), plain, log_target=True, reduction="batchmean"
+        ).item()
+
+    assert moved(text) < 0.2 * moved(None)
+
+
+def test_it_copies_and_texts_are_learned_too(tokenizer: Any) -> None:
+    learner = learner_of(tokenizer)
+    text = "the old boat is made of red wood and blue stone"
+    before = learner.evaluate(text)["loss"]
+    learner.learn(text)
+    assert learner.evaluate(text)["loss"] < 0.5 * before
+    assert "readout" in str(nl.inspect(learner.model))
+    twin = copy.deepcopy(learner.model)
+    row = torch.tensor([[256, *b"the old"]])
+    assert torch.equal(twin(row).logits, learner.model(row).logits)
