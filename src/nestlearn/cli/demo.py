@@ -70,7 +70,8 @@ class Demo:
         probe = tokenizer(UNRELATED, return_tensors="pt").input_ids.to(model.device)
         with torch.no_grad():
             original = model(probe).logits
-        nl.adapt(model)
+        # Two memories, the lower one for what is said in other words: a short text has room for it.
+        nl.adapt(model, memories=2, frozen=0.7)
         learner = nl.Learner(model, tokenizer, lr=self.lr)
         before = answers(learner)
 
