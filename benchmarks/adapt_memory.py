@@ -110,7 +110,7 @@ def stream(tokens: int) -> dict[str, Any]:
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256,
     )  # fmt: skip
     model = nl.adapt(LlamaForCausalLM(config), rank=32, slots=1024)
-    learner = nl.Learner(model, Plain(), context=256)
+    learner = nl.Learner(model, Plain(), repeats=1, context=256)
     stop = Stop(tokens, max(1, tokens // 20))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "line.txt"
