@@ -28,7 +28,7 @@ class Entry:
         build: ``(matrices, lr, **setting) -> optimizer``.
         rates: first grid of rates; it grows by factors of 2 while the best is at its edge.
         variants: other settings than the default, tried at the best rate; the best of all then gets
-            the two neighbouring rates. The same number for every optimizer.
+            its own rates, again until the best is inside. As many for every optimizer.
     """
 
     build: Callable[..., torch.optim.Optimizer]
@@ -111,20 +111,30 @@ def schedule(step: int, ramp: int, steps: int) -> float:
 
 
 def search(entry: Entry, measure: Callable[[float, Setting], float]) -> tuple[float, Setting]:
-    """The rate and setting with the least value of ``measure``, by the procedure of `Entry`."""
-    values = {lr: measure(lr, {}) for lr in entry.rates}
-    while len(values) < len(entry.rates) + 4:
+    """The rate and setting with the least value of ``measure``, by the procedure of `Entry`.
+
+    Example:
+        >>> entry = Entry(_adamw, (1.0, 2.0, 4.0), ({"b": 1}, {"b": 2}))
+        >>> search(entry, lambda lr, setting: abs(lr - 16) - setting.get("b", 0))
+        (16.0, {'b': 2})
+    """
+
+    def climb(rates: tuple[float, ...], setting: Setting) -> tuple[float, float, Setting]:
+        values = {lr: measure(lr, setting) for lr in rates}
+        for _ in range(4):
+            best = min(values, key=lambda lr: values[lr])
+            if best not in (min(values), max(values)):
+                break
+            further = best / 2 if best == min(values) else best * 2
+            values[further] = measure(further, setting)
         best = min(values, key=lambda lr: values[lr])
-        if best == min(values):
-            values[best / 2] = measure(best / 2, {})
-        elif best == max(values):
-            values[best * 2] = measure(best * 2, {})
-        else:
-            break
-    lr = min(values, key=lambda lr: values[lr])
-    found = [(values[lr], lr, {}), *((measure(lr, v), lr, v) for v in entry.variants)]
-    _, _, setting = min(found, key=lambda item: item[0])
+        return values[best], best, setting
+
+    found = [climb(entry.rates, {})]
+    lr = found[0][1]
+    found += [(measure(lr, setting), lr, setting) for setting in entry.variants]
+    _, lr, setting = min(found, key=lambda item: item[0])
     if setting:
-        found += [(measure(r, setting), r, setting) for r in (lr / 2, lr * 2)]
+        found.append(climb((lr / 2, lr, lr * 2), setting))
     _, lr, setting = min(found, key=lambda item: item[0])
     return lr, setting

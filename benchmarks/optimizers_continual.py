@@ -103,6 +103,20 @@ def grids() -> dict[str, tuple[Make, tuple[float, ...], tuple[Setting, ...]]]:
             ({"betas": (0.9, 0.99)}, {"betas": (0.9, 0.999)}, {"betas": (0.8, 0.95)}),
         ),
         "Muon": (of_parameters(muon, **matched), sized(8e-3), momenta),
+        "delta momentum": (
+            of_parameters(own.DeltaMomentum),
+            sized(0.1),
+            tuple(
+                {"momentum": b, "delta": d, "normalize": True}
+                for b in (0.8, 0.9, 0.95)
+                for d in (0.1, 1.0)
+            ),
+        ),
+        "DGD": (
+            lambda model, lr, **setting: own.DGD(model, lr=lr, **setting),
+            sized(0.1),
+            ({}, {"momentum": 0.8}, {"momentum": 0.9}),
+        ),
         "M3": (
             of_parameters(own.M3, weight_decay=0.0),
             sized(8e-3),
@@ -174,8 +188,7 @@ def plot(results: Results, names: list[str], path: Path) -> None:
     for line, kind in zip(axes, NETWORKS, strict=True):
         for i, name in enumerate(names):
             colour = f"C{i}"
-            rows = results.rows(kind=kind, optimizer=name, tuning=False)
-            first = [statistics.fmean(r["matrix"][t][0] for r in rows) for t in range(TASKS)]
+            first = results.record["summary"][f"{kind}/{name}"]["first_task"]
             line[0].plot(range(1, TASKS + 1), first, "o-", ms=3, color=colour, label=name)
             tried = results.rows(kind=kind, optimizer=name, tuning=True)
             line[1].scatter(
@@ -208,6 +221,7 @@ def main() -> None:
     chosen = grids()
     if args.quick:
         chosen = {name: (make, rates[:1], sets[:1]) for name, (make, rates, sets) in chosen.items()}
+    summary: dict[str, Any] = {}
     for kind, (name, (make, rates, settings)) in itertools.product(NETWORKS, chosen.items()):
         for lr, setting in itertools.product(rates, settings):
             cell = f"tune/{kind}/{name}/{lr:g}/{json.dumps(setting)}"
@@ -216,19 +230,20 @@ def main() -> None:
                 results.add(cell, row | {"optimizer": name, "tuning": True})
         tried = results.rows(kind=kind, optimizer=name, tuning=True)
         best = max(tried, key=lambda row: row["final"])
+        rows = []
         for seed in range(args.seeds):
             cell = f"final/{kind}/{name}/{best['lr']:g}/{json.dumps(best['setting'])}/seed{seed}"
             if not results.done(cell):
                 row = run_cell(kind, make, best["lr"], best["setting"], seed, "test", steps)
                 results.add(cell, row | {"optimizer": name, "tuning": False})
-    summary: dict[str, Any] = {}
-    for kind, name in itertools.product(NETWORKS, chosen):
-        rows = results.rows(kind=kind, optimizer=name, tuning=False)
-        found = {k: statistics.fmean(r[k] for r in rows) for k in ("learned", "final", "forgetting")}
-        tried = results.rows(kind=kind, optimizer=name, tuning=True)
-        found |= {f"{k}_seeds": [r[k] for r in rows] for k in ("final", "forgetting")}
-        found |= {"lr": rows[0]["lr"], "setting": rows[0]["setting"], "trials": len(tried)}
+            rows.append(results.get(cell) or {})
+        keys = ("learned", "final", "forgetting")
+        found = {k: statistics.fmean(r[k] for r in rows) for k in keys}
+        found |= {f"{k}_seeds": [r[k] for r in rows] for k in keys}
+        found |= {"lr": best["lr"], "setting": best["setting"], "trials": len(tried)}
         found["forgetting_at_0.85"] = least_forgetting(tried, 0.85)
+        first = zip(*(row["matrix"] for row in rows), strict=True)
+        found["first_task"] = [statistics.fmean(m[0] for m in each) for each in first]
         summary[f"{kind}/{name}"] = found
     results.summarise(summary)
     table(

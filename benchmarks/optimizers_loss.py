@@ -192,11 +192,9 @@ def tune(results: Results, task: str, plan: dict[str, Any], name: str, rest: flo
 
     def measure(lr: float, setting: Setting) -> float:
         cell = f"tune/{task}/{name}/{lr:g}/{json.dumps(setting)}"
-        if not results.done(cell):
-            row = run_cell(
-                task, plan, name, lr, lr if rest is None else rest, setting, TUNING_SEED,
-                "validation",
-            )  # fmt: skip
+        rest_lr = lr if rest is None else rest
+        if not same(results.get(cell), lr, rest_lr, setting):
+            row = run_cell(task, plan, name, lr, rest_lr, setting, TUNING_SEED, "validation")
             results.add(cell, row | {"tuning": True})
             print(f"  {cell}: {row['validation_loss']:.4f}", file=sys.stderr, flush=True)
         found = results.get(cell)
@@ -205,6 +203,12 @@ def tune(results: Results, task: str, plan: dict[str, Any], name: str, rest: flo
         return value if isinstance(value, float) else math.inf  # NaN is stored as a string
 
     return search(ZOO[name], measure)
+
+
+def same(row: dict[str, Any] | None, lr: float, rest_lr: float, setting: Setting) -> bool:
+    """Whether a row was measured with these (the search may choose others when it goes on)."""
+    wanted = [lr, rest_lr, json.loads(json.dumps(setting))]
+    return row is not None and [row.get(k) for k in ("lr", "rest_lr", "setting")] == wanted
 
 
 def summarise(results: Results, tasks: Iterable[str]) -> dict[str, Any]:
@@ -279,8 +283,7 @@ def main() -> None:
             for name in args.optimizers:
                 lr, setting = best[name]
                 cell = f"final/{task}/{name}/seed{seed}"
-                old = results.get(cell)
-                if old is not None and (old["lr"], old["setting"]) == (lr, json.loads(json.dumps(setting))):
+                if same(results.get(cell), lr, rest, setting):
                     continue
                 row = run_cell(task, plan, name, lr, rest, setting, seed, "test")
                 results.add(cell, row | {"tuning": False})

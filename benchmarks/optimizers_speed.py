@@ -28,13 +28,22 @@ from transformer import Transformer
 BLOCK = 16
 SHAPES = [(512, 512)] * 4 + [(2048, 512), (512, 2048)]  # of one layer
 LAYERS = 4
-# name -> (reference, how many times its time is allowed or, below 1, wanted)
+# name -> (reference, largest ratio allowed)
 GOALS: dict[str, tuple[str, float]] = {
     "M3": ("Muon", 1.10),
-    "M3, nested-learning's settings": ("M3 of nested-learning", 1 / 3),
+    "M3 beside nested-learning's": ("M3 of nested-learning", 1 / 3),
     "DeltaMomentum": ("SGD momentum", 1.5),
 }
 STEP_GOALS: dict[str, tuple[str, float]] = {"DGD": ("SGD", 1.10)}
+REFERENCES = {  # where it is not SGD
+    name: ("Muon", 0.0)
+    for name in (
+        "AdaMuon",
+        "M3, alpha 0",
+        "M3 of nested-learning",
+        "M3 of nested-learning, 5 steps",
+    )
+}
 
 Params = list[nn.Parameter]
 
@@ -57,6 +66,7 @@ def optimizers() -> dict[str, Callable[[Params], torch.optim.Optimizer]]:
         "Muon": lambda ps: torch.optim.Muon(ps, lr=1e-3),
         "AdaMuon": adamuon,
         "M3": lambda ps: own.M3(ps, lr=1e-3),
+        "DeltaMomentum": lambda ps: own.DeltaMomentum(ps, lr=1e-3),
         "M3, alpha 0": lambda ps: own.M3(ps, lr=1e-3, alpha=0.0),
         "M3 of nested-learning": lambda ps: TheirM3(ps, lr=1e-3),
         "M3 of nested-learning, 5 steps": lambda ps: TheirM3(ps, lr=1e-3, ns_steps=5),
@@ -174,10 +184,42 @@ def main() -> None:
         kept[name] = make(own)
         steps[name] = kept[name].step
     found = turns(steps, blocks, block, once=SLOW)
+    found["M3 beside nested-learning's"], kept["M3 beside nested-learning's"] = (
+        found["M3"],
+        kept["M3"],
+    )
     for name, optimizer in kept.items():
-        row = row_of(found, name, GOALS.get(name, ("Muon", 0.0))[0])
+        row = row_of(found, name, (REFERENCES | GOALS).get(name, ("SGD", 0.0))[0])
         row["state_bytes_per_parameter"] = state_bytes(dict(optimizer.state))[0] / count
         results.add(name, row)
+    del kept, steps
+    size = (64, 1, 2, 16) if args.quick else (512, LAYERS, 2, 256)
+    whole = turns(training_steps(*size), blocks, 2 if args.quick else 4)
+    for name in whole:
+        row = row_of(whole, name, "SGD")
+        results.add(f"training step, {name}", row | {"tokens": size[2] * size[3]})
+    goals = {**GOALS, **{f"training step, {k}": v for k, v in STEP_GOALS.items()}}
+    rows = {row["cell"]: row for row in results.record["rows"]}
+    summary = {
+        name: {
+            "ratio": rows[name]["ratio"],
+            "reference": reference,
+            "goal": goal,
+            "verdict": verdict(rows[name]["ratio"], goal, at_most=True),
+        }
+        for name, (reference, goal) in goals.items()
+    }
+    results.summarise(summary)
+    table(
+        f"One step, {count / 1e6:.1f} M parameters, {args.threads} thread(s)",
+        ("optimizer", "CPU ms", "clock ms", "state B/parameter", "of", "ratio", "goal", ""),
+        [
+            (name, row["cpu_ms"], row["wall_ms"], row.get("state_bytes_per_parameter"),
+             row["reference"], row["ratio"], goals.get(name, (None, None))[1],
+             summary.get(name, {}).get("verdict", ""))
+            for name, row in rows.items()
+        ],
+    )  # fmt: skip
 
 
 if __name__ == "__main__":
