@@ -229,7 +229,7 @@ class M3(GradientOptimizer):
             second,
             ahead,
         )
-        scales = [_scale(group["adjust_lr"], p, group["layout"]) for p in params]
+        scales = [_scale(group, p) for p in params]
         means = [1.0] * len(params) if sums is None else _root_mean(params, sums)
         fast = _orthogonal(group, params, ahead)
         _in_blocks(
@@ -360,12 +360,16 @@ def _root_mean(params: list[Tensor], sums: list[Tensor]) -> list[float]:
     ]
 
 
-def _scale(adjust: str | None, p: Tensor, layout: str) -> float:
-    """s, from the shape of the matrix (``torch.optim.Muon``'s ``adjust_lr_fn``)."""
+def _scale(group: dict[str, Any], p: Tensor) -> float:
+    flat = group["layout"] == "flatten"
+    rows, columns = (p.shape[0], p.shape[1:].numel()) if flat else p.shape[-2:]
+    return shape_scale(group["adjust_lr"], rows, columns)
+
+
+def shape_scale(adjust: str | None, rows: int, columns: int) -> float:
+    """s, from the shape of a matrix (``torch.optim.Muon``'s ``adjust_lr_fn``)."""
     if adjust is None:
         return 1.0
-    batch = layout == "batch"
-    rows, columns = p.shape[-2:] if batch else (p.shape[0], p.shape[1:].numel())
     if adjust == "original":
         return math.sqrt(max(1.0, rows / columns))
     return 0.2 * math.sqrt(max(rows, columns))
