@@ -1,10 +1,10 @@
-"""Which optimizer of a level forgets least at equal recall, in a pre-trained model that keeps learning?
+"""Which optimizer of a level forgets least at equal recall, in a model that keeps learning?
 
 SmolLM2 with three added levels reads passages (SQuAD) once, one after the other, with the levels'
-optimizers exchanged. Every optimizer has a grid of rates; per rate: recall (mean log-probability of cloze
-answers), damage (perplexity of WikiText-2) and forgetting (by how many nats per token the surprise
-about the first passages rose from right after they were read to the end). As more learning costs more,
-optimizers are compared at one recall, between the rates of their grid (`at_recall`).
+optimizers exchanged. Every optimizer has a grid of rates; per rate: recall (mean log-probability of
+cloze answers), damage (perplexity of WikiText-2) and forgetting (by how many nats per token the
+surprise about the first passages rose from right after they were read to the end). As more learning
+costs more, optimizers are compared at one recall, between the rates of their grid (`at_recall`).
 
 DGD is not among them: it needs the layers that own the weights, and what a level learns is a change
 beside them.
@@ -103,7 +103,7 @@ def run_cell(name: str, lr: float, plan: dict[str, Any]) -> dict[str, Any]:
 
 
 def at_recall(rows: Sequence[dict[str, Any]], recall: float, key: str) -> float | None:
-    """``rows``' value of ``key`` where their recall is the one given: a straight line between the two
+    """``key`` of ``rows`` where recall is the one given: on the straight line between the two
     rates that enclose it, the smaller one where several pairs do; None where none does.
 
     Example:

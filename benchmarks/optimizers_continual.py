@@ -1,17 +1,19 @@
-"""§4.3: what is forgotten under each optimizer while orthogonal tasks are learned one after another.
+"""§4.3: what each optimizer forgets while orthogonal tasks are learned one after another.
 
-Five tasks from scikit-learn's digits: each puts the images' twelve leading principal components into
-a subspace of its own of a 60-dimensional input (the subspaces are orthogonal) and has its own order of
-the ten labels. One network for all of them learns each for a number of steps, once. Two networks:
+Five tasks from scikit-learn's digits: each puts the images' twelve leading principal components
+into a subspace of its own of a 60-dimensional input (the subspaces are orthogonal) and has its own
+order of the ten labels. One network for all of them learns each for a number of steps, once. Two
+networks:
 
-- ``linear``: one matrix. The tasks' gradients live in orthogonal subspaces, so plain gradient descent
-  cannot forget anything; whatever is forgotten is the optimizer's doing;
+- ``linear``: one matrix. The tasks' gradients live in orthogonal subspaces, so plain gradient
+  descent cannot forget anything; whatever is forgotten is the optimizer's doing;
 - ``mlp``: one hidden layer. The second matrix is shared, so gradients interfere.
 
-Rate and settings are the best of a grid on a tuning seed: highest mean accuracy over all tasks at the
-end, on validation images (of other writers). Three further seeds, test images. Reported: accuracy right
-after a task was learned, accuracy at the end, forgetting = their mean difference over all tasks
-but the last. As learning less is the easy way of forgetting less, the picture has every rate of the grid.
+Rate and settings are the best of a grid on a tuning seed: highest mean accuracy over all tasks at
+the end, on validation images (of other writers). Three further seeds, test images. Reported:
+accuracy right after a task was learned, accuracy at the end, forgetting = their mean difference
+over all tasks but the last. As learning less is the easy way of forgetting less, the picture has
+every rate of the grid.
 
     python benchmarks/optimizers_continual.py
 """
@@ -82,7 +84,7 @@ Make = Callable[..., torch.optim.Optimizer]
 
 
 def grids() -> dict[str, tuple[Make, tuple[float, ...], tuple[Setting, ...]]]:
-    """Optimizer -> (build from the model, rates, settings); every pair of rate and setting is tried."""
+    """Optimizer -> (build from the model, rates, settings); every pair of the two is tried."""
     from nestlearn import optim as own
 
     def sized(middle: float) -> tuple[float, ...]:

@@ -1,11 +1,12 @@
 """Fig. 11 at our scale: loss after equal steps, M3 beside AdamW, Muon and AdaMuon.
 
-Two tasks: a byte language model (0.47 M parameters, English novels split by book) and a small vision
-Transformer on scikit-learn's digits (the last images, of other writers, are held out). Rate and one
-more setting of every optimizer are searched by the same procedure and number of trials (`optimizer_zoo`)
-on a seed of its own, by loss on *validation* data; then three seeds, judged on *test* data.
-All see the same batches in the same order, the same warm-up and cosine. AdaMuon is that of PyPI
-`pytorch-optimizer`. Embeddings, norms, biases and the head are AdamW's at AdamW's best rate, for all.
+Two tasks: a byte language model (0.47 M parameters, English novels split by book) and a small
+vision Transformer on scikit-learn's digits (the last images, of other writers, are held out). Rate
+and one more setting of every optimizer are searched by the same procedure and number of trials
+(`optimizer_zoo`) on a seed of its own, by loss on *validation* data; then three seeds, judged on
+*test* data. All see the same batches in the same order, the same warm-up and cosine. AdaMuon is
+that of PyPI `pytorch-optimizer`. Embeddings, norms, biases and the head are AdamW's at AdamW's best
+rate, for all.
 
     python benchmarks/optimizers_loss.py                # both tasks (resumes run by run)
     python benchmarks/optimizers_loss.py --tasks vit

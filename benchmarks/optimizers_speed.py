@@ -1,13 +1,14 @@
 """Fig. 12: time of an optimizer step on 12.6 M parameters of matrices, and the bytes it keeps.
 
 Four layers of width 512: per layer four 512 x 512 matrices and two of 512 x 2048. All optimizers
-are in one process, on one thread, and take turns step by step (R C R C ...); gradients are shared. A
-figure is the ratio of a block of 16 steps to the reference's 16 steps beside it (16 is M3's period, so that its
-slow update is paid for), median over blocks. Time is the process's CPU time, which other programs on the
-machine disturb less than the clock; the clock's figure is kept beside it.
+are in one process, on one thread, and take turns step by step (R C R C ...); gradients are shared.
+A figure is the ratio of a block of 16 steps to the reference's 16 steps beside it (16 is M3's
+period, so that its slow update is paid for), median over blocks. Time is the process's CPU time,
+which other programs on the machine disturb less than the clock; the clock's figure is kept beside
+it.
 
-DGD works through hooks in the forward and backward pass, so it is timed as a whole training step of a
-Transformer of these matrices beside the same step under SGD.
+DGD works through hooks in the forward and backward pass, so it is timed as a whole training step of
+a Transformer of these matrices beside the same step under SGD.
 
     python benchmarks/optimizers_speed.py
 """

@@ -1,11 +1,12 @@
-"""Fig. 4: delta momentum beside momentum on psi(r, theta) = r^2 + kappa (r - theta + a sin(omega r))^2.
+"""Fig. 4: delta momentum on psi(r, theta) = r^2 + kappa (r - theta + a sin(omega r))^2.
 
-From (-3.5, 2) to the minimum at the origin: the number of steps until psi <= 1e-4 for good (it stays
-there for 100 steps more). Two comparisons per landscape: every optimizer with momentum 0.9 and its
-other settings at their defaults, only its learning rate the best of a grid (for delta momentum also with
-delta searched); and every setting on a grid. A best of many lucky curves proves little, so the chosen setting then starts from 32 points
-around (-3.5, 2) too: median steps and how many arrive within the limit. The paper does not state
-kappa, a and omega; the landscapes below go from round to stiff and wavy.
+From (-3.5, 2) to the minimum at the origin: the number of steps until psi <= 1e-4 for good (it
+stays there for 100 steps more). Two comparisons per landscape: every optimizer with momentum 0.9
+and its other settings at their defaults, only its learning rate the best of a grid (for delta
+momentum also with delta searched); and every setting on a grid. A best of many lucky curves proves
+little, so the chosen setting then starts from 32 points around (-3.5, 2) too: median steps and how
+many arrive within the limit. The paper does not state kappa, a and omega; the landscapes below go
+from round to stiff and wavy.
 
     python benchmarks/optimizers_toy.py
 """

@@ -7,8 +7,9 @@ torch is installed first, at the version ours runs with, and nothing may replace
 pinned; nested-learning is installed without its declared dependencies, because it pins versions of
 ``datasets`` and ``huggingface-hub`` that its model code does not use.
 
-Peers' *optimizers* are timed and trained within our own process: `use_optimizers` puts them, without
-their dependencies (torch is all they import), into a folder of their own, ``.peers-optimizers``.
+Peers' *optimizers* are timed and trained within our own process: `use_optimizers` puts them,
+without their dependencies (torch is all they import), into a folder of their own,
+``.peers-optimizers``.
 """
 
 from __future__ import annotations
