@@ -28,15 +28,17 @@ class DeepMomentum(GradientOptimizer):
 
     - ``objective="dot"``: ``L~ = -<m(k), v>``: the answer grows along directions that gradients
       keep taking;
-    - ``objective="l2"``: ``L~ = 1/2 ||m(k) - v||^2``: m learns to reproduce gradients, what is not
+    - ``objective="l2"``: ``L~ = 1/2 ||m(k) - v||^2``: m learns to reproduce gradients; what is not
       like earlier ones comes out smaller.
 
-    m is `nestlearn.memory.forward`: ``m(x) = x + W_L s(... s(W_1 x))`` for ``depth`` 2 or more,
-    ``W x`` for depth 1. It starts from the last weight 0 (depth 1: the identity), where deep
-    momentum is gradient descent, and retention pulls it back there. Two things are **our
-    reading**. The paper's ``L~ = <m(u), 1>`` has no value that depends on u, so a step on it lowers
-    all entries alike and its answer is no direction of descent; ``value="ones"`` is that literal
-    form. Keys have unit norm, so that eta does not depend on the loss's scale.
+    m is ``x + W_L s(... s(W_1 x))`` (`nestlearn.memory.structures.forward`; ``(I + W) x`` at depth
+    1) for the dot product: with an empty memory deep momentum is gradient descent, and retention
+    pulls it back there. For the regression it is without ``x``, which would be the answer already.
+
+    Two things are **our reading**. The paper's ``L~ = <m(u), 1>`` has no value that depends on u, so
+    a step on it moves all entries alike and its answer is no direction of descent;
+    ``value="ones"`` is that literal form. Keys have unit norm, so that eta does not depend on the
+    loss's scale. (m answers with the sign of the gradient.)
 
     Vectors and scalars have the memory's linear case, plain momentum with retention ``momentum``.
 
@@ -132,8 +134,7 @@ class DeepMomentum(GradientOptimizer):
         for out, into in shapes[:-1]:
             w = torch.randn(out, into, generator=self._generator) / math.sqrt(into)
             weights.append(w.to(p.device, p.dtype))
-        last = torch.eye(size) if len(shapes) == 1 else torch.zeros(shapes[-1])
-        weights.append(last.to(p.device, p.dtype))
+        weights.append(torch.zeros(shapes[-1], device=p.device, dtype=p.dtype))
         # What a memory starts from is kept: retention returns to it.
         state = {f"weight_{i}": torch.zeros_like(w) for i, w in enumerate(weights)}
         return {**state, **{f"initial_{i}": w for i, w in enumerate(weights[:-1])}}
@@ -161,21 +162,23 @@ class DeepMomentum(GradientOptimizer):
         state, depth = self.state[p], group["depth"]
         norms = torch.linalg.vector_norm(u, dim=-1, keepdim=True)
         keys = u / norms.clamp(min=torch.finfo(u.dtype).tiny)
-        values = keys if group["value"] == "gradient" else -torch.ones_like(keys)
+        values = keys if group["value"] == "gradient" else torch.ones_like(keys)
         learned = [state[f"weight_{i}"] for i in range(depth)]
         first = [state[f"initial_{i}"] for i in range(depth - 1)]
-        objective = OBJECTIVES[group["objective"]]
+        objective, plain = OBJECTIVES[group["objective"]], group["objective"] == "l2"
+        targets = values + keys if plain else values
         inputs, deltas, _ = layer_gradients(
             self._weights(learned, first),
             keys,
-            lambda y: objective.grad(y, values),
+            lambda y: objective.grad(y, targets),
             group["activation"],
         )
         for w, a, delta in zip(learned, inputs, deltas, strict=True):
             w.mul_(group["retention"]).addmm_(delta.mT, a, alpha=-group["inner_lr"] / len(keys))
             norm = torch.linalg.vector_norm(w)
             w.mul_((group["bound"] / norm.clamp(min=group["bound"])).to(w.dtype))
-        return norms * forward(self._weights(learned, first), keys, group["activation"])
+        y = forward(self._weights(learned, first), keys, group["activation"])
+        return norms * (y - keys if plain else y)
 
     @staticmethod
     def _weights(learned: list[Tensor], first: list[Tensor]) -> list[Tensor]:
