@@ -114,6 +114,15 @@ def grids() -> dict[str, tuple[Make, tuple[float, ...], tuple[Setting, ...]]]:
                 for d in (0.1, 1.0)
             ),
         ),
+        "deep momentum": (
+            of_parameters(own.DeepMomentum),
+            sized(0.4),
+            tuple(
+                {"objective": objective, "retention": alpha}
+                for objective in ("dot", "l2")
+                for alpha in (0.9, 0.99)
+            ),
+        ),
         "DGD": (
             lambda model, lr, **setting: own.DGD(model, lr=lr, **setting),
             sized(0.1),
