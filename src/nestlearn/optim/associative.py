@@ -150,9 +150,9 @@ class AssociativeMomentum(GradientOptimizer):
             torch._foreach_mul_(ms, alpha)
             torch._foreach_add_(ms, keys, alpha=eta)
         else:
-            steps = [
-                _written(group, p, m, k, eta) for p, m, k in zip(params, ms, keys, strict=True)
-            ]
+            old = [m.clone() for m in ms] if torch.is_grad_enabled() else ms
+            triples = zip(params, old, keys, strict=True)
+            steps = [_written(group, p, m, k, eta) for p, m, k in triples]
             torch._foreach_mul_(ms, alpha)
             torch._foreach_add_(ms, steps)
         counts = self._counts(group, params)
@@ -209,8 +209,9 @@ class AssociativeMomentum(GradientOptimizer):
             torch._foreach_mul_(hs, alpha)
             torch._foreach_addcmul_(hs, seen, seen, value=eta)
             roots = torch._foreach_sqrt(hs)
-            torch._foreach_div_(roots, [w**0.5 for w in weights])
-            torch._foreach_add_(roots, group["eps"])
+            if correct:
+                roots = torch._foreach_div(roots, [w**0.5 for w in weights])
+            roots = torch._foreach_add(roots, group["eps"])
             return list(torch._foreach_div(xs, roots))
         result = []
         for p, g, x, weight in zip(params, seen, xs, weights, strict=True):

@@ -27,7 +27,7 @@ class Common(TypedDict, total=False):
         foreach: all tensors of a group at once (default) or, with False, one after the other,
             which needs less memory for intermediate results.
         capturable: the step never waits for the device, so that a CUDA graph can hold it and
-            ``torch.compile`` needs no graph break. A gradient that is not finite then counts as
+            ``torch.compile`` compiles it (without, a compiled step runs as it is). A gradient that is not finite then counts as
             zero; otherwise its parameter is left out of the step.
         differentiable: gradients flow through the step (for parameters that are not leaves).
     """
@@ -101,6 +101,14 @@ class GradientOptimizer(Optimizer):
         Raises:
             ValueError: a sparse gradient.
         """
+        # What waits for the device cannot be part of a graph.
+        return (self._step if self.defaults["capturable"] else self._step_on_host)(closure)
+
+    @torch._disable_dynamo
+    def _step_on_host(self, closure: Callable[[], Any] | None) -> Any:
+        return self._step(closure)
+
+    def _step(self, closure: Callable[[], Any] | None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -144,7 +152,9 @@ class GradientOptimizer(Optimizer):
     def _counts(self, group: dict[str, Any], params: list[Tensor]) -> list[Any]:
         """Steps of each parameter, this one included: numbers, or tensors where capturable."""
         steps = [self.state[p]["step"] for p in params]
-        return steps if group["capturable"] else [step.item() for step in steps]
+        if group["capturable"]:  # as exact as the numbers on the host
+            return [step.double() for step in steps]
+        return [step.item() for step in steps]
 
     # -- gradients ----------------------------------------------------------------------------
 
@@ -191,7 +201,7 @@ class GradientOptimizer(Optimizer):
                 "where that happens; see optimizer.skipped. Lower the learning rate, clip "
                 "gradients or look for the operation that overflows",
                 RuntimeWarning,
-                stacklevel=4,
+                stacklevel=6,
             )
         self._skipped += len(bad)
 

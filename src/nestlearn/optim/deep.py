@@ -35,7 +35,7 @@ class DeepMomentum(GradientOptimizer):
     1) for the dot product: with an empty memory deep momentum is gradient descent, and retention
     pulls it back there. For the regression it is without ``x``, which would be the answer already.
 
-    Two things are **our reading**. The paper's ``L~ = <m(u), 1>`` has no value that depends on u, so
+    Two things are **our reading**. The paper's ``L~ = <m(u), 1>`` has no value that depends on u:
     a step on it moves all entries alike and its answer is no direction of descent;
     ``value="ones"`` is that literal form. Keys have unit norm, so that eta does not depend on the
     loss's scale. (m answers with the sign of the gradient.)

@@ -89,9 +89,9 @@ class DeltaMomentum(GradientOptimizer):
         buffers = [local(self.state[p]["momentum_buffer"]) for p in params]
         pieces = [local(g) for g in grads]
         if group["delta"]:
+            old = [m.clone() for m in buffers] if torch.is_grad_enabled() else buffers
             forgotten = [
-                self._forgotten(group, p, m, g)
-                for p, m, g in zip(params, buffers, pieces, strict=True)
+                self._forgotten(group, p, m, g) for p, m, g in zip(params, old, pieces, strict=True)
             ]
         torch._foreach_mul_(buffers, group["momentum"])
         if group["delta"]:

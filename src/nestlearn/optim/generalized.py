@@ -224,7 +224,7 @@ class GeneralizedGD(GradientOptimizer):
                 "follows plain gradient descent (nn.MultiheadAttention uses its output projection "
                 "that way)",
                 RuntimeWarning,
-                stacklevel=5,
+                stacklevel=6,
             )
 
 

@@ -67,6 +67,7 @@ class M3(GradientOptimizer):
         ns_steps: Newton-Schulz steps.
         ns_dtype: what these compute in; None for the parameters' own. bfloat16 as in
             ``torch.optim.Muon``; on a CPU without bfloat16 instructions float32 is faster.
+        ns_gram: see `newton_schulz`; False rounds exactly as ``torch.optim.Muon`` does.
         adamw_lr: learning rate of the AdamW groups (default: lr).
         adamw_betas, adamw_eps, adamw_weight_decay: their other options.
         model: where ``params`` are groups of its parameters: decides which are matrices.
@@ -105,6 +106,7 @@ class M3(GradientOptimizer):
         adjust_lr: str | None = "default",
         ns_steps: int = 5,
         ns_dtype: torch.dtype | None = torch.bfloat16,
+        ns_gram: bool = True,
         adamw_lr: float | None = None,
         adamw_betas: tuple[float, float] = (0.9, 0.95),
         adamw_eps: float = 1e-8,
@@ -136,6 +138,7 @@ class M3(GradientOptimizer):
             "adjust_lr": adjust_lr,
             "ns_steps": ns_steps,
             "ns_dtype": ns_dtype,
+            "ns_gram": ns_gram,
             "layout": "flatten",
         }
         super().__init__(params, defaults, common)
@@ -380,7 +383,9 @@ def _orthogonal(group: dict[str, Any], params: list[Tensor], parts: list[Tensor]
     whole = [gather(x, p) for x, p in zip(parts, params, strict=True)]
     flat = group["layout"] == "flatten"
     matrices = [x.flatten(1) if flat else x for x in whole]
-    done = orthogonalise(matrices, group["ns_steps"], dtype=group["ns_dtype"])
+    done = orthogonalise(
+        matrices, group["ns_steps"], dtype=group["ns_dtype"], gram=group["ns_gram"]
+    )
     return [own_part(o.reshape(p.shape).contiguous(), p) for o, p in zip(done, params, strict=True)]
 
 
