@@ -27,8 +27,8 @@ class Common(TypedDict, total=False):
         foreach: all tensors of a group at once (default) or, with False, one after the other,
             which needs less memory for intermediate results.
         capturable: the step never waits for the device, so that a CUDA graph can hold it and
-            ``torch.compile`` compiles it (without, a compiled step runs as it is). A gradient that is not finite then counts as
-            zero; otherwise its parameter is left out of the step.
+            ``torch.compile`` compiles it (without, a compiled step runs as it is). A gradient that
+            is not finite then counts as zero; otherwise its parameter is left out of the step.
         differentiable: gradients flow through the step (for parameters that are not leaves).
     """
 

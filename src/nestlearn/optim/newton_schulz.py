@@ -53,7 +53,8 @@ def newton_schulz(
         x = _iterate(x, steps, coefficients)
     elif gram and x.shape[-1] >= 2 * x.shape[-2]:
         pieces = x.split(1) if x.is_cpu and x[:1].numel() > _SMALL else [x]
-        x = torch.cat([_through_gram(piece, steps, coefficients) for piece in pieces])
+        done = [_through_gram(piece, steps, coefficients) for piece in pieces]
+        x = done[0] if len(done) == 1 else torch.cat(done)
     else:
         # On a CPU the products of one matrix stay in the cache, those of a large batch do not.
         for piece in x.split(1) if x.is_cpu and x[:1].numel() > _SMALL else [x]:
@@ -65,7 +66,7 @@ def newton_schulz(
 def _iterate(x: Tensor, steps: int, coefficients: tuple[float, float, float]) -> Tensor:
     a, b, c = coefficients
     for _ in range(steps):
-        gram = x @ x.mT
+        gram = torch.bmm(x, x.mT)
         gram = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         x = torch.baddbmm(x, gram, x, beta=a)
     return x
@@ -92,7 +93,7 @@ def _through_gram(x: Tensor, steps: int, coefficients: tuple[float, float, float
     for part in (range(min(3, steps)), range(3, steps)):
         if not part:
             continue
-        gram, product = x @ x.mT, None
+        gram, product = torch.bmm(x, x.mT), None
         for k in part:
             poly = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # P - a I
             if product is None:
@@ -103,7 +104,7 @@ def _through_gram(x: Tensor, steps: int, coefficients: tuple[float, float, float
             if k + 1 < part.stop:
                 half = torch.baddbmm(gram, gram, poly, beta=a)
                 gram = torch.baddbmm(half, poly, half, beta=a)
-        x = product @ x
+        x = torch.bmm(product, x)
     return x
 
 
