@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 DECAY = 0.1  # decoupled weight decay of the matrices, for all
 Setting = dict[str, Any]
+M3_BASE: Setting = {"betas": (0.9, 0.95, 0.9), "alpha": 0.2, "eps": 0.1}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,8 +58,8 @@ def _adamuon(matrices: list[Tensor], lr: float, **setting: Any) -> torch.optim.O
 def _m3(matrices: list[Tensor], lr: float, **setting: Any) -> torch.optim.Optimizer:
     from nestlearn.optim import M3
 
-    group = {"params": matrices, "algorithm": "m3"}
-    return M3([group], lr=lr, weight_decay=DECAY, **setting)
+    given = M3_BASE | setting
+    return M3([{"params": matrices, "algorithm": "m3"}], lr=lr, weight_decay=DECAY, **given)
 
 
 ZOO: dict[str, Entry] = {
@@ -80,7 +81,7 @@ ZOO: dict[str, Entry] = {
     "M3": Entry(
         _m3,
         (4e-3, 8e-3, 1.6e-2),
-        ({"betas": (0.9, 0.95, 0.9)}, {"betas": (0.8, 0.95, 0.9)}),
+        ({"betas": (0.8, 0.95, 0.9)}, {"eps": 0.03}),
     ),
 }
 

@@ -30,11 +30,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from common import Results, arguments, out_path, table
+from optimizer_zoo import M3_BASE
 from optimizers_loss import digits
 from torch import Tensor, nn
 
 TUNING_SEED = 1000
-TASKS, WIDTH, HIDDEN, CLASSES, BATCH = 5, 12, 64, 10, 32
+TASKS, WIDTH, HIDDEN, CLASSES, BATCH = 5, 12, 16, 10, 32
 NETWORKS = ("linear", "mlp")
 Setting = dict[str, Any]
 
@@ -131,7 +132,7 @@ def grids() -> dict[str, tuple[Make, tuple[float, ...], tuple[Setting, ...]]]:
         "M3": (
             of_parameters(own.M3, weight_decay=0.0),
             sized(8e-3),
-            ({"alpha": 0.0}, {"alpha": 0.2}, {"alpha": 0.5}),
+            tuple(M3_BASE | more for more in ({}, {"alpha": 0.0}, {"betas": (0.8, 0.95, 0.9)})),
         ),
     }
 
@@ -219,7 +220,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    steps = 3 if args.quick else 60
+    steps = 3 if args.quick else 100
     results = Results(
         out_path(args),
         question="What is forgotten under each optimizer while orthogonal tasks are learned?",
