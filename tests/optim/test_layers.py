@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from nestlearn.memory.objectives import get_objective
-from nestlearn.optim import DGD, GeneralizedGD
+from nestlearn.optim import DGD, GeneralizedGD, MultiRate
 from nestlearn.rules import reference
 
 from .models import distance, tiny_lm, train
@@ -323,3 +323,31 @@ def test_groups_of_a_model_and_an_optimizer_that_is_gone() -> None:
     del optimizer
     again = DGD(model, lr=0.1)  # the first one's hooks are dead
     assert len(again.param_groups) == 1
+
+
+def test_levels_of_generalised_gradient_descent() -> None:
+    """Def. 6-7: every level an objective of its own, at its own frequency."""
+    model = double(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)))
+    inner = {
+        "fast": lambda g: GeneralizedGD(g, lr=0.1, objective="l2", model=model),
+        "slow": lambda g: GeneralizedGD(g, lr=0.1, objective="dot", model=model),
+    }
+    groups = [
+        {"params": model[0].parameters(), "level": "fast"},
+        {"params": model[2].parameters(), "level": "slow", "period": 2},
+    ]
+    optimizer = MultiRate(groups, inner)
+    starts, sums = [p.detach().clone() for p in model[2].parameters()], [0.0, 0.0]
+    x = torch.randn(6, 3).double()
+    for _ in range(2):
+        optimizer.zero_grad()
+        y = model(x)
+        y.retain_grad()
+        h = torch.tanh(model[0](x)).detach()
+        y.square().sum(-1).mean().backward()
+        sums = [sums[0] + y.grad.T @ h, sums[1] + y.grad.sum(0)]
+        before, G = model[0].weight.detach().clone(), model[0].weight.grad.clone()
+        optimizer.step()
+        torch.testing.assert_close(model[0].weight.detach(), before - 0.1 * G)
+    for p, start, total in zip(model[2].parameters(), starts, sums, strict=True):
+        torch.testing.assert_close(p.detach(), start - 0.1 * total)

@@ -177,7 +177,7 @@ def test_what_is_no_matrix_follows_adamw() -> None:
     train(a, [theirs, adamw], 20)
     train(b, m3, 20)
     assert distance(a, b) < 1e-10
-    assert [g["algorithm"] for g in m3.param_groups] == ["adamw", "m3"]
+    assert [g["algorithm"] for g in m3.param_groups] == ["m3", "adamw"]
 
 
 def test_routing() -> None:

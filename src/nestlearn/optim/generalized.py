@@ -148,7 +148,7 @@ class GeneralizedGD(GradientOptimizer):
         self._handles = []
         for module in self._layers.values():
             _attached[module] = me
-            self._handles.append(attach(module, lambda m: None if me() is None else me()._rule(m)))
+            self._handles.append(attach(module, lambda m: _rule_of(me(), m)))
 
     def close(self) -> None:
         """Remove the hooks: the layers' gradients are plain again."""
@@ -287,6 +287,11 @@ class DGD(GeneralizedGD):
             model=model,
             **common,
         )
+
+
+def _rule_of(optimizer: GeneralizedGD | None, module: nn.Module) -> LayerRule | None:
+    """What the layer's optimizer says; None once that is gone."""
+    return None if optimizer is None else optimizer._rule(module)
 
 
 def _objective(given: Any) -> tuple[Objective, bool]:

