@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 DECAY = 0.1  # decoupled weight decay of the matrices, for all
 Setting = dict[str, Any]
-M3_BASE: Setting = {"betas": (0.9, 0.95, 0.9), "alpha": 0.2, "eps": 0.1}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,8 +57,8 @@ def _adamuon(matrices: list[Tensor], lr: float, **setting: Any) -> torch.optim.O
 def _m3(matrices: list[Tensor], lr: float, **setting: Any) -> torch.optim.Optimizer:
     from nestlearn.optim import M3
 
-    given = M3_BASE | setting
-    return M3([{"params": matrices, "algorithm": "m3"}], lr=lr, weight_decay=DECAY, **given)
+    group = {"params": matrices, "algorithm": "m3"}
+    return M3([group], lr=lr, weight_decay=DECAY, **setting)
 
 
 ZOO: dict[str, Entry] = {
@@ -81,7 +80,7 @@ ZOO: dict[str, Entry] = {
     "M3": Entry(
         _m3,
         (4e-3, 8e-3, 1.6e-2),
-        ({"betas": (0.8, 0.95, 0.9)}, {"eps": 0.03}),
+        ({"betas": (0.9, 0.95, 0.9)}, {"betas": (0.8, 0.95, 0.9)}),
     ),
 }
 

@@ -30,7 +30,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from common import Results, arguments, out_path, table
-from optimizer_zoo import M3_BASE
 from optimizers_loss import digits
 from torch import Tensor, nn
 
@@ -38,6 +37,7 @@ TUNING_SEED = 1000
 TASKS, WIDTH, HIDDEN, CLASSES, BATCH = 5, 12, 16, 10, 32
 NETWORKS = ("linear", "mlp")
 Setting = dict[str, Any]
+M3_SETTING: Setting = {"betas": (0.9, 0.95, 0.9), "alpha": 0.2, "eps": 0.1}
 
 
 class Tasks:
@@ -132,7 +132,7 @@ def grids() -> dict[str, tuple[Make, tuple[float, ...], tuple[Setting, ...]]]:
         "M3": (
             of_parameters(own.M3, weight_decay=0.0),
             sized(8e-3),
-            tuple(M3_BASE | more for more in ({}, {"alpha": 0.0}, {"betas": (0.8, 0.95, 0.9)})),
+            tuple(M3_SETTING | more for more in ({}, {"alpha": 0.0}, {"betas": (0.8, 0.95, 0.9)})),
         ),
     }
 
