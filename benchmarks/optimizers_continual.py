@@ -105,7 +105,7 @@ def grids() -> dict[str, tuple[Make, tuple[float, ...], tuple[Setting, ...]]]:
             sized(8e-3),
             ({"betas": (0.9, 0.99)}, {"betas": (0.9, 0.999)}, {"betas": (0.8, 0.95)}),
         ),
-        "Muon": (of_parameters(muon, **matched), sized(8e-3), momenta),
+        "Muon": (of_parameters(muon, **matched), sized(1.6e-2), momenta),
         "delta momentum": (
             of_parameters(own.DeltaMomentum),
             sized(0.1),
@@ -126,12 +126,12 @@ def grids() -> dict[str, tuple[Make, tuple[float, ...], tuple[Setting, ...]]]:
         ),
         "DGD": (
             lambda model, lr, **setting: own.DGD(model, lr=lr, **setting),
-            sized(0.1),
+            sized(0.4),
             ({}, {"momentum": 0.8}, {"momentum": 0.9}),
         ),
         "M3": (
             of_parameters(own.M3, weight_decay=0.0),
-            sized(8e-3),
+            sized(1.6e-2),
             tuple(M3_SETTING | more for more in ({}, {"alpha": 0.0}, {"betas": (0.8, 0.95, 0.9)})),
         ),
     }
@@ -209,6 +209,7 @@ def plot(results: Results, names: list[str], path: Path) -> None:
         line[0].set(xlabel="tasks learned", ylabel="accuracy on the first", title=kind)
         line[1].set(xlabel="accuracy right after learning", ylabel="forgetting", xlim=(0.4, 1))
         line[1].set_title(f"{kind}: every setting of the grid")
+        line[0].set_xticks(range(1, TASKS + 1))
         line[0].legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=110)

@@ -2,10 +2,10 @@
 
 Four layers of width 512: per layer four 512 x 512 matrices and two of 512 x 2048. All optimizers
 are in one process, on one thread, and take turns step by step (R C R C ...); gradients are shared.
-A figure is the ratio of a block of 16 steps to the reference's 16 steps beside it (16 is M3's
-period, so that its slow update is paid for), median over blocks. Time is the process's CPU time,
-which other programs on the machine disturb less than the clock; the clock's figure is kept beside
-it.
+A figure is the ratio of the mean step of a block to the reference's in the same block, median over
+blocks. A block is 16 turns, M3's period: M3 steps in all of them, so that its slow update is paid
+for; optimizers whose steps are all alike in some. Time is the process's CPU time, which other
+programs on the machine disturb less than the clock; the clock's figure is kept beside it.
 
 DGD works through hooks in the forward and backward pass, so it is timed as a whole training step of
 a Transformer of these matrices beside the same step under SGD.
@@ -34,17 +34,9 @@ GOALS: dict[str, tuple[str, float]] = {
     "M3": ("Muon", 1.10),
     "M3 beside nested-learning's": ("M3 of nested-learning", 1 / 3),
     "DeltaMomentum": ("SGD momentum", 1.5),
+    "DeltaMomentum, elementwise": ("SGD momentum", 1.5),
 }
 STEP_GOALS: dict[str, tuple[str, float]] = {"DGD": ("SGD", 1.10)}
-REFERENCES = {  # where it is not SGD
-    name: ("Muon", 0.0)
-    for name in (
-        "AdaMuon",
-        "M3, alpha 0",
-        "M3 of nested-learning",
-        "M3 of nested-learning, 5 steps",
-    )
-}
 
 Params = list[nn.Parameter]
 
@@ -68,13 +60,28 @@ def optimizers() -> dict[str, Callable[[Params], torch.optim.Optimizer]]:
         "AdaMuon": adamuon,
         "M3": lambda ps: own.M3(ps, lr=1e-3),
         "DeltaMomentum": lambda ps: own.DeltaMomentum(ps, lr=1e-3),
+        "DeltaMomentum, elementwise": lambda ps: own.DeltaMomentum(
+            ps, lr=1e-3, structure="elementwise"
+        ),
+        "DeepMomentum": lambda ps: own.DeepMomentum(ps, lr=1e-3),
         "M3, alpha 0": lambda ps: own.M3(ps, lr=1e-3, alpha=0.0),
         "M3 of nested-learning": lambda ps: TheirM3(ps, lr=1e-3),
         "M3 of nested-learning, 5 steps": lambda ps: TheirM3(ps, lr=1e-3, ns_steps=5),
     }
 
 
-SLOW = ("M3 of nested-learning", "M3 of nested-learning, 5 steps")  # one step per block
+# M3 takes all steps of a block, because they differ; the others' are alike.
+EVERY = {"Muon": 2, "AdaMuon": 4, "M3": 1, "M3, alpha 0": 4}
+SELDOM = ("M3 of nested-learning", "M3 of nested-learning, 5 steps")  # once in a block
+REFERENCES = {  # where it is not SGD
+    name: ("Muon", 0.0)
+    for name in (
+        "AdaMuon",
+        "M3, alpha 0",
+        "M3 of nested-learning",
+        "M3 of nested-learning, 5 steps",
+    )
+}
 
 
 def matrices(shapes: list[tuple[int, int]], layers: int) -> tuple[Params, list[torch.Tensor]]:
@@ -93,10 +100,10 @@ def timed(work: Callable[[], Any]) -> tuple[float, float]:
 
 
 def turns(
-    steps: dict[str, Callable[[], Any]], blocks: int, block: int, once: tuple[str, ...] = ()
+    steps: dict[str, Callable[[], Any]], blocks: int, block: int, every: dict[str, int]
 ) -> dict[str, list[list[float]]]:
-    """name -> per block ``[CPU seconds, seconds]`` per step; everyone in turn, step by step. Those
-    in ``once`` take one step per block."""
+    """name -> per block ``[CPU seconds, seconds]`` per step. All take turns, step by step; those in
+    ``every`` only in the turns that their number divides."""
     for step in steps.values():
         step()
     found: dict[str, list[list[float]]] = {name: [] for name in steps}
@@ -104,7 +111,7 @@ def turns(
         total = {name: [0.0, 0.0, 0] for name in steps}
         for turn in range(block):
             for name, step in steps.items():
-                if turn and name in once:
+                if turn % every.get(name, 1):
                     continue
                 cpu, wall = timed(step)
                 total[name] = [total[name][0] + cpu, total[name][1] + wall, total[name][2] + 1]
@@ -184,7 +191,8 @@ def main() -> None:
             p.grad = g
         kept[name] = make(own)
         steps[name] = kept[name].step
-    found = turns(steps, blocks, block, once=SLOW)
+    every = {name: block if name in SELDOM else EVERY.get(name, 2) for name in steps}
+    found = turns(steps, blocks, block, every)
     found["M3 beside nested-learning's"], kept["M3 beside nested-learning's"] = (
         found["M3"],
         kept["M3"],
@@ -194,8 +202,8 @@ def main() -> None:
         row["state_bytes_per_parameter"] = state_bytes(dict(optimizer.state))[0] / count
         results.add(name, row)
     del kept, steps
-    size = (64, 1, 2, 16) if args.quick else (512, LAYERS, 2, 256)
-    whole = turns(training_steps(*size), blocks, 2 if args.quick else 4)
+    size = (64, 1, 2, 16) if args.quick else (512, LAYERS, 4, 256)
+    whole = turns(training_steps(*size), blocks, 2 if args.quick else 4, {})
     for name in whole:
         row = row_of(whole, name, "SGD")
         results.add(f"training step, {name}", row | {"tokens": size[2] * size[3]})

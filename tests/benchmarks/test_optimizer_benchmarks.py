@@ -157,7 +157,7 @@ def test_turns_are_taken_step_by_step() -> None:
 
     order: list[str] = []
     steps = {name: lambda name=name: order.append(name) for name in ("a", "b", "slow")}
-    found = turns(steps, blocks=2, block=2, once=("slow",))
+    found = turns(steps, blocks=2, block=2, every={"slow": 2})
     assert order == ["a", "b", "slow", *["a", "b", "slow", "a", "b"] * 2]
     assert {name: len(blocks) for name, blocks in found.items()} == {"a": 2, "b": 2, "slow": 2}
     times = {"a": [[3.0, 1.0], [1.0, 1.0]], "b": [[2.0, 1.0], [4.0, 1.0]]}
