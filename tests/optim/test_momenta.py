@@ -82,6 +82,14 @@ def test_delta_momentum_without_delta_is_sgd() -> None:
     assert distance(a, b) < 1e-9
 
 
+def test_the_decay_may_be_computed_in_fewer_bits() -> None:
+    gs = gradients(6)
+    p, q = zeros(), zeros()
+    low = drive(DeltaMomentum([p], lr=0.1, decay_dtype=torch.bfloat16), p, gs)
+    exact = drive(DeltaMomentum([q], lr=0.1), q, gs)
+    assert low.dtype == torch.float64 and 0 < (low - exact).abs().max() < 0.02 * exact.abs().max()
+
+
 def test_normalized_delta_does_not_see_the_gradients_scale() -> None:
     gs = gradients(5)
     for structure in ("matrix", "elementwise"):

@@ -42,7 +42,8 @@ class LayerRule:
     oja: bool = False
 
     def signal(self, x: Tensor, y: Tensor, grad: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-        """Gradient of the inner objective at the output, scaled as the loss is, and ``u``.
+        """Gradient of the inner objective at the output (a new tensor), scaled as the loss is, and
+        ``u`` (of no meaning for the plain regression, whose curvature does not need it).
 
         Args:
             x: inputs of the layer, or what stands for them in ``value``.
@@ -51,10 +52,10 @@ class LayerRule:
             rows: number of rows that the loss is a mean over.
         """
         share = self.loss_scale / (rows if self.mean else 1)
+        if self.objective.name == "l2" and self.value is None:  # delta + y, and nothing else made
+            return torch.add(grad, y, alpha=share), grad
         delta = grad / share  # the gradient of a row's own loss
         u = -delta if self.value is None else self.value(x, y, delta)
-        if self.objective.name == "l2" and self.value is None:
-            return torch.add(grad, y, alpha=share), u
         return self.objective.grad(y, u) * share, u
 
     def damping(self, squares: Tensor, y: Tensor, u: Tensor) -> Tensor | None:
@@ -93,7 +94,8 @@ class _Linear(torch.autograd.Function):
         else:
             squares = torch.linalg.vector_norm(rows, dim=-1).square() + (bias is not None)
             scale = rule.damping(squares, y, u)
-            signal = signal if scale is None else signal * scale.to(signal.dtype).unsqueeze(-1)
+            if scale is not None:
+                signal.mul_(scale.to(signal.dtype).unsqueeze(-1))
         g_w = (signal.mT @ rows).to(weight.dtype) if ctx.needs_input_grad[1] else None
         g_b = None
         if ctx.needs_input_grad[2]:
