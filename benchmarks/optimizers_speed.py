@@ -34,6 +34,7 @@ GOALS: dict[str, tuple[str, float]] = {
     "M3": ("Muon", 1.10),
     "M3 beside nested-learning's": ("M3 of nested-learning", 1 / 3),
     "DeltaMomentum": ("SGD momentum", 1.5),
+    "DeltaMomentum, bfloat16 products": ("SGD momentum", 1.5),
     "DeltaMomentum, elementwise": ("SGD momentum", 1.5),
 }
 STEP_GOALS: dict[str, tuple[str, float]] = {"DGD": ("SGD", 1.10)}
@@ -60,6 +61,9 @@ def optimizers() -> dict[str, Callable[[Params], torch.optim.Optimizer]]:
         "AdaMuon": adamuon,
         "M3": lambda ps: own.M3(ps, lr=1e-3),
         "DeltaMomentum": lambda ps: own.DeltaMomentum(ps, lr=1e-3),
+        "DeltaMomentum, bfloat16 products": lambda ps: own.DeltaMomentum(
+            ps, lr=1e-3, decay_dtype=torch.bfloat16
+        ),
         "DeltaMomentum, elementwise": lambda ps: own.DeltaMomentum(
             ps, lr=1e-3, structure="elementwise"
         ),
