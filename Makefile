@@ -74,7 +74,7 @@ bench: setup
 
 clean:
 	@rm -rf .mypy_cache .ruff_cache .pytest_cache build dist
-	@find . -path ./$(VENV) -prune -o -path ./benchmarks/.peers-venv -prune -o \
+	@find . -path ./$(VENV) -prune -o -path ./benchmarks/.peers-venv -prune -o -path ./benchmarks/.peers-optimizers -prune -o \
 	  -name __pycache__ -type d -exec rm -rf {} +
 
 distclean: clean

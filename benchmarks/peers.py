@@ -6,6 +6,10 @@
 torch is installed first, at the version ours runs with, and nothing may replace it. Packages are
 pinned; nested-learning is installed without its declared dependencies, because it pins versions of
 ``datasets`` and ``huggingface-hub`` that its model code does not use.
+
+Peers' *optimizers* are timed and trained within our own process: `use_optimizers` puts them,
+without their dependencies (torch is all they import), into a folder of their own,
+``.peers-optimizers``.
 """
 
 from __future__ import annotations
@@ -25,6 +29,8 @@ TORCH = "torch==2.13.0"
 FULL = ["titans-pytorch==0.5.5", "omegaconf>=2.3", "numpy"]
 BARE = ["nested-learning==0.2.0", "fla-core==0.6.0", "triton==3.9.0"]  # without dependencies
 PACKAGES = ["torch", "titans-pytorch", "nested-learning", "fla-core"]
+OPTIMIZERS = HERE / ".peers-optimizers"
+OPTIMIZER_PACKAGES = ["pytorch-optimizer==4.1.0", "nested-learning==0.2.0"]
 
 
 def ready() -> bool:
@@ -66,6 +72,20 @@ def python() -> Path:
     if not ready():
         install()
     return PYTHON
+
+
+def use_optimizers() -> None:
+    """Make the peers' optimizers importable here (last on the path: nothing of ours is replaced).
+
+    Raises:
+        RuntimeError: pip could not install them.
+    """
+    wanted = [p.replace("-", "_").replace("==", "-") + ".dist-info" for p in OPTIMIZER_PACKAGES]
+    if not all((OPTIMIZERS / name).is_dir() for name in wanted):
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+        _run([*pip, "--no-deps", "--upgrade", "--target", str(OPTIMIZERS), *OPTIMIZER_PACKAGES])
+    if str(OPTIMIZERS) not in sys.path:
+        sys.path.append(str(OPTIMIZERS))
 
 
 def _run(command: list[str]) -> None:

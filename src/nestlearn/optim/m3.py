@@ -55,7 +55,8 @@ class M3(GradientOptimizer):
         betas: ``(b1, b2, b3)``: fast momentum, second moment, slow momentum.
         alpha: weight of the slow direction; 0 for none.
         frequency: f, steps between two updates of the slow momentum.
-        eps: added to the square root; in the default form relative to the root mean second moment.
+        eps: added to the square root; in the default form relative to the root mean second moment,
+            so that dividing makes no step larger than 1 / eps times itself.
         weight_decay: of matrices; decoupled.
         form: ``"ema"`` or ``"paper"``.
         nesterov: default: True in the default form.
@@ -94,9 +95,9 @@ class M3(GradientOptimizer):
         params: Any,
         lr: float | Tensor = 1e-3,
         betas: tuple[float, float, float] = (0.95, 0.95, 0.9),
-        alpha: float = 0.5,
+        alpha: float = 0.2,
         frequency: int = 16,
-        eps: float = 1.0,
+        eps: float = 0.1,
         weight_decay: float = 0.1,
         *,
         form: str = "ema",

@@ -1,0 +1,204 @@
+"""Which optimizer of a level forgets least at equal recall, in a model that keeps learning?
+
+SmolLM2 with three added levels reads passages (SQuAD) once, one after the other, with the levels'
+optimizers exchanged. Every optimizer has a grid of rates; per rate: recall (mean log-probability of
+cloze answers), damage (perplexity of WikiText-2) and forgetting (by how many nats per token the
+surprise about the first passages rose from right after they were read to the end). As more learning
+costs more, optimizers are compared at one recall, between the rates of their grid (`at_recall`).
+
+DGD is not among them: it needs the layers that own the weights, and what a level learns is a change
+beside them.
+
+    python benchmarks/learner_optimizers.py --model FOLDER      # resumes cell by cell
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import Results, arguments, data_root, out_path, table
+from knowledge import unrelated
+from torch import Tensor
+
+SEED = 1000
+FIRST = 4  # passages that forgetting is measured on
+PERIODS = (64, 512, 4096)
+ADAM_RATES = (5e-4, 1e-3, 2e-3)
+SGD_RATES = (5e-2, 1e-1, 2e-1)
+
+
+def choices() -> dict[str, tuple[Any, tuple[float, ...]]]:
+    """Name -> (what `nl.Learner` takes as ``optimizer``, rates)."""
+    from nestlearn.optim import M3, DeltaMomentum
+
+    def matrix(**setting: Any) -> Callable[..., torch.optim.Optimizer]:
+        return functools.partial(M3, weight_decay=0.0, **setting)
+
+    delta = functools.partial(DeltaMomentum, momentum=0.9, normalize=True)
+    fast = f"every {PERIODS[0]}"
+    return {
+        "AdamW": ("adamw", ADAM_RATES),
+        "SGD momentum": ("sgd", SGD_RATES),
+        "DeltaMomentum": (delta, SGD_RATES),
+        "M3": (matrix(), ADAM_RATES),
+        "Muon (M3 without slow and second moment)": (
+            matrix(alpha=0.0, second_moment=False),
+            ADAM_RATES,
+        ),
+        "AdamW fast, M3 slow": ({fast: "adamw", "*": matrix()}, ADAM_RATES),
+        "M3 fast, AdamW slow": ({fast: matrix(), "*": "adamw"}, ADAM_RATES),
+    }
+
+
+def surprise(model: Any, tokenizer: Any, texts: Sequence[str]) -> float:
+    """Mean nats per token of texts, each read alone."""
+    total = count = 0.0
+    for each in texts:
+        ids = [tokenizer.bos_token_id, *tokenizer(each).input_ids]
+        row: Tensor = torch.tensor([ids])
+        with torch.no_grad():
+            loss = model(input_ids=row, labels=row, use_cache=False).loss.item()
+        total, count = total + loss * (len(ids) - 1), count + len(ids) - 1
+    return total / count
+
+
+def run_cell(name: str, lr: float, plan: dict[str, Any]) -> dict[str, Any]:
+    """Read the passages with one optimizer and one rate, then ask."""
+    import nestlearn as nl
+    from nestlearn.cli.pretrained import load_pretrained
+    from nestlearn.evals import knowledge as task
+
+    torch.manual_seed(SEED)
+    model, tokenizer = load_pretrained(plan["model_path"])
+    data = data_root() / "squad_knowledge" / "squad_val.json.gz"
+    passages = task.load_passages(data, plan["passages"], SEED)
+    nl.adapt(model, [nl.Level(period=p) for p in PERIODS], frozen=0.5, seed=SEED)
+    learner = nl.Learner(
+        model, tokenizer, lr=lr, repeats=plan["repeats"], optimizer=choices()[name][0], snapshots=0
+    )
+    first = [p.document for p in passages[:FIRST]]
+    before = surprise(model, tokenizer, first)
+    start = time.process_time()
+    after = before
+    for i, passage in enumerate(passages, 1):
+        learner.learn(passage.document)
+        if i == FIRST:
+            after = surprise(model, tokenizer, first)
+    learning = time.process_time() - start
+    end = surprise(model, tokenizer, first)
+    recall = task.cloze_scores(model, tokenizer, [item for p in passages for item in p.cloze])
+    other = unrelated(tokenizer, plan["unrelated_tokens"])
+    return {
+        "optimizer": name, "lr": lr, "recall": recall["log_prob"], "accuracy": recall["accuracy"],
+        "perplexity": task.perplexity(model, other), "surprise_before": before,
+        "surprise_read": after, "surprise_end": end, "forgetting": end - after,
+        "learning_cpu_seconds": learning,
+    }  # fmt: skip
+
+
+def at_recall(rows: Sequence[dict[str, Any]], recall: float, key: str) -> float | None:
+    """``key`` of ``rows`` where recall is the one given: on the straight line between the two
+    rates that enclose it, the smaller one where several pairs do; None where none does.
+
+    Example:
+        >>> at_recall([{"recall": -3.0, "x": 1.0}, {"recall": -2.0, "x": 3.0}], -2.5, "x")
+        2.0
+    """
+    ordered = sorted(rows, key=lambda row: row["lr"] if "lr" in row else row["recall"])
+    found = []
+    for a, b in zip(ordered, ordered[1:], strict=False):
+        low, high = sorted((a["recall"], b["recall"]))
+        if low <= recall <= high and high > low:
+            share = (recall - a["recall"]) / (b["recall"] - a["recall"])
+            found.append(a[key] + share * (b[key] - a[key]))
+    return min(found, default=None)
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Damage and forgetting over recall."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.4))
+    for name in dict.fromkeys(row["optimizer"] for row in rows):
+        own = sorted((r for r in rows if r["optimizer"] == name), key=lambda r: r["lr"])
+        for axis, key in ((left, "perplexity"), (right, "forgetting")):
+            axis.plot([r["recall"] for r in own], [r[key] for r in own], "o-", ms=3, label=name)
+    left.set(xlabel="recall: log-probability of cloze answers", ylabel="perplexity of WikiText-2")
+    right.set(xlabel="recall: log-probability of cloze answers")
+    right.set_ylabel("rise of surprise about the first passages (nats)")
+    left.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    """Run, print and store."""
+    parser = arguments(__doc__, "learner_optimizers", threads=1)
+    parser.add_argument("--model", required=True, help="folder, .gguf file or hub id")
+    parser.add_argument("--optimizers", nargs="*", choices=list(choices()), default=list(choices()))
+    parser.add_argument("--passages", type=int, default=20)
+    parser.add_argument("--repeats", type=int, default=4, help="gradient steps per segment")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    passages, tokens = (5, 1024) if args.quick else (args.passages, 8192)
+    results = Results(
+        out_path(args),
+        question="Which optimizer of a level forgets least at equal recall?",
+        settings={"passages": passages, "repeats": args.repeats, "unrelated_tokens": tokens,
+                  "first": FIRST, "periods": PERIODS, "model": Path(args.model).name},
+        seeds=[SEED],
+        threads=args.threads,
+        fresh=args.fresh,
+    )  # fmt: skip
+    plan = {"passages": passages, "repeats": args.repeats, "unrelated_tokens": tokens,
+            "model_path": args.model}  # fmt: skip
+    for name in args.optimizers:
+        for lr in choices()[name][1]:
+            cell = f"{name}/{lr:g}"
+            if not results.done(cell):
+                row = run_cell(name, lr, plan)
+                results.add(cell, row)
+                print(f"  {cell}: {row['recall']:.3f} {row['perplexity']:.2f} "
+                      f"{row['forgetting']:.3f}", file=sys.stderr, flush=True)  # fmt: skip
+    rows = results.record["rows"]
+    usable = [r for r in rows if isinstance(r["recall"], float)]
+    # The recall at which to compare: AdamW's at the learner's own rate.
+    level = results.get("AdamW/0.001")
+    summary: dict[str, Any] = {}
+    if level is not None:
+        for name in dict.fromkeys(row["optimizer"] for row in usable):
+            own = [r for r in usable if r["optimizer"] == name]
+            summary[name] = {
+                key: at_recall(own, level["recall"], key) for key in ("perplexity", "forgetting")
+            } | {"best_recall": max(r["recall"] for r in own)}
+        results.summarise({"recall": level["recall"], "optimizers": summary})
+    table(
+        "Every rate",
+        ("optimizer", "rate", "recall", "accuracy", "unrelated", "forgetting", "CPU s"),
+        [
+            (r["optimizer"], r["lr"], r["recall"], r["accuracy"], r["perplexity"], r["forgetting"],
+             r["learning_cpu_seconds"])
+            for r in rows
+        ],
+    )  # fmt: skip
+    if summary and level is not None:
+        table(
+            f"At recall {level['recall']:.3f}",
+            ("optimizer", "unrelated", "forgetting", "best recall of its rates"),
+            [(n, s["perplexity"], s["forgetting"], s["best_recall"]) for n, s in summary.items()],
+        )
+    if len(usable) > 1 and not args.quick:
+        plot(usable, out_path(args).with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()
