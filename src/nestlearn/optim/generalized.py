@@ -217,6 +217,7 @@ class GeneralizedGD(GradientOptimizer):
         updated = {id(p) for p in params}
         weights = {path: id(self._weights[layer]) for path, layer in self._layers.items()}
         unseen = [n for n, w in weights.items() if w in updated and w not in self._seen]
+        unseen = [name or "the layer" for name in unseen]
         if unseen:
             self._told = True
             warnings.warn(
