@@ -22,8 +22,9 @@ from typing import Any
 
 import torch
 from common import Results, arguments, data_root, out_path, table
-from learn import in_parallel
 from torch import Tensor
+
+from nestlearn.evals.harness.parallel import in_parallel
 
 TUNING_SEED = 1000
 TUNING_PASSAGES = 20

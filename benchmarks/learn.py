@@ -7,8 +7,6 @@ import math
 import sysconfig
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -130,24 +128,6 @@ def train(
         if report is not None:
             report(step, losses[-1], norms[-1])
     return {"loss": losses, "norm": norms, "seconds": time.perf_counter() - start}
-
-
-def in_parallel(
-    work: Callable[..., dict[str, Any]],
-    cells: dict[str, tuple],
-    jobs: int,
-    done: Callable[[str, dict[str, Any]], None],
-) -> None:
-    """Run ``work(*cells[name])`` for every cell in ``jobs`` processes of one thread each and hand
-    every row to ``done`` as it comes; a cell that fails gets ``{"error": ...}``."""
-    with ProcessPoolExecutor(
-        jobs, mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
-    ) as pool:
-        futures = {pool.submit(work, *cell): name for name, cell in cells.items()}
-        for future in as_completed(futures):
-            error = future.exception()
-            row = {"error": f"{type(error).__name__}: {error}"} if error else future.result()
-            done(futures[future], row)
 
 
 def _bytes(path: Path) -> Tensor:

@@ -17,9 +17,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from common import Results, arguments, out_path, table
-from learn import in_parallel
 from models import hope, size
 from torch import Tensor
+
+from nestlearn.evals.harness.parallel import in_parallel
 
 SYSTEMS: dict[str, dict[str, Any]] = {
     "self_modifying": {"mixer": "self_modifying", "memory_chunk": 1, "projection_chunk": 1},

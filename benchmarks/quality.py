@@ -22,8 +22,10 @@ from typing import Any
 
 import torch
 from common import Results, arguments, out_path, table
-from learn import batches, bits_per_byte, default_text, in_parallel, text, train
+from learn import batches, bits_per_byte, default_text, text, train
 from models import VOCAB, hope, size
+
+from nestlearn.evals.harness.parallel import in_parallel
 
 # Every system is the same shell; only mixer and CMS differ.
 SYSTEMS: dict[str, dict[str, Any]] = {

@@ -19,9 +19,11 @@ from typing import Any
 
 import torch
 from common import Results, arguments, median, out_path, table
-from learn import batches, default_text, in_parallel, text, train
+from learn import batches, default_text, text, train
 from models import VOCAB, size
 from torch import Tensor
+
+from nestlearn.evals.harness.parallel import in_parallel
 
 INPUTS = ("random", "constant", "pattern", "scaled")
 SHARES = (0.05, 0.5, 1.0)
