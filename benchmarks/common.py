@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ RESULTS = HERE / "results"
 if str(ROOT / "src") not in sys.path:
     sys.path.insert(0, str(ROOT / "src"))
 
+from nestlearn.evals.harness.data import data_root  # noqa: E402
 from nestlearn.evals.harness.results import Results, median, table  # noqa: E402
 
 __all__ = [
@@ -52,11 +52,6 @@ def out_path(args: argparse.Namespace) -> Path:
     if args.out is not None:
         return args.out
     return RESULTS / ("quick" if args.quick else "") / f"{args.name}.json"
-
-
-def data_root() -> Path:
-    """Folder of the real data sets (``NESTLEARN_DATA``, else ``../shared/data``); may not exist."""
-    return Path(os.environ.get("NESTLEARN_DATA", ROOT.parent / "shared" / "data"))
 
 
 def verdict(value: float | None, target: float, at_most: bool = False) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import math
 import sysconfig
-import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from common import data_root
-from torch import Tensor, nn
+from torch import Tensor
+
+from nestlearn.evals.harness.fitting import fit
 
 # Suggested split of the novels, by book (README of the data folder).
 VALIDATION = ("Doyle_Hound_1902", "Eliot_Felix_1866", "Kipling_Kim_1901", "Hardy_Jude_1895")
@@ -93,41 +94,13 @@ def train(
     warm: float = 0.05,
     report: Callable[[int, float, float], None] | None = None,
 ) -> dict[str, Any]:
-    """AdamW through the levels' clocks, linear warm-up and cosine to a tenth of ``lr``.
+    """`nestlearn.evals.harness.fitting.fit` on the next-byte loss of rows."""
+    losses = (functools.partial(_next_byte, rows) for rows in data)
+    return fit(model, losses, lr, steps, clip=clip, warm=warm, report=report)
 
-    Returns:
-        ``loss`` (nats/byte) and ``norm`` (of the gradient, before clipping) per step; ``seconds``.
-    """
-    from nestlearn.optim.groups import level_groups
-    from nestlearn.optim.multirate import MultiRate
 
-    optimizer = MultiRate(
-        level_groups(model, lr, weight_decay=0.1),
-        functools.partial(torch.optim.AdamW, lr=lr, betas=(0.9, 0.95)),
-    )
-    ramp = max(1, round(warm * steps))
-
-    def scale(step: int) -> float:
-        if step < ramp:
-            return (step + 1) / ramp
-        return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - ramp) / max(1, steps - ramp)))
-
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, scale)
-    losses, norms = [], []
-    start = time.perf_counter()
-    model.train()
-    for step, rows in zip(range(steps), data, strict=False):
-        loss = model(input_ids=rows, labels=rows).loss
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(model.parameters(), clip)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad(set_to_none=True)
-        losses.append(float(loss.detach()))
-        norms.append(float(norm))
-        if report is not None:
-            report(step, losses[-1], norms[-1])
-    return {"loss": losses, "norm": norms, "seconds": time.perf_counter() - start}
+def _next_byte(rows: Tensor, model: Any) -> Tensor:
+    return model(input_ids=rows, labels=rows).loss
 
 
 def _bytes(path: Path) -> Tensor:

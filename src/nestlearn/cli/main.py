@@ -40,6 +40,9 @@ COMMANDS: dict[str, Command] = {
     "inspect": Command(
         "nestlearn.cli.inspect", "Inspect", "the levels of a model, and what they cost"
     ),
+    "reproduce": Command(
+        "nestlearn.cli.reproduce", "Reproduce", "the tables and figures of the paper"
+    ),
     "bench": Command("nestlearn.cli.bench", "Bench", "run a script of benchmarks/"),
     "doctor": Command("nestlearn.cli.doctor", "Doctor", "what this machine offers, what will run"),
 }

@@ -1,0 +1,1 @@
+"""What the reproductions share: tasks, systems, training, result files, tables, reports."""

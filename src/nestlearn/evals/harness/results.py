@@ -201,7 +201,7 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> 
     for i, column in enumerate(columns):
         out.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
     for row in rows:
-        out.add_row(*(_show(value) for value in row))
+        out.add_row(*(shown(value) for value in row))
     Console(width=max(130, Console().width)).print(out)
 
 
@@ -250,7 +250,8 @@ def _ram_gib() -> float | None:
         return None
 
 
-def _show(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A value of a table as text."""
     if value is None:
         return "-"
     if isinstance(value, bool):

@@ -202,7 +202,33 @@ class HopeConfig(PreTrainedConfig):
         tokens = {"bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 258} if special else {}
         config = cls(**{**sizes, **tokens, **overrides})
         if overrides.get("intermediate_size") is None:
-            config.intermediate_size = _matching_width(shape, config)
+            tables = 1 if shape.tie_word_embeddings else 2
+            blocks = shape.parameters - tables * shape.vocab_size * shape.hidden_size
+            per_layer = blocks / shape.num_hidden_layers
+            per_layer *= (config.hidden_size / shape.hidden_size) ** 2
+            config.intermediate_size = _matching_width(per_layer, config)
+        return config
+
+    @classmethod
+    def with_parameters(cls, parameters: float, **fields: Any) -> HopeConfig:
+        """A configuration whose model has this many parameters, with *any* mixer.
+
+        ``intermediate_size`` is chosen; all other fields are as given.
+
+        Raises:
+            ValueError: unknown key, or the mixers alone need more.
+
+        Example:
+            >>> sizes = dict(vocab_size=64, hidden_size=64, num_hidden_layers=2,
+            ...              num_attention_heads=2)
+            >>> [HopeConfig.with_parameters(120e3, mixer=m, **sizes).intermediate_size
+            ...  for m in ("attention", "deltanet")]
+            [320, 316]
+        """
+        config = cls(**fields)
+        tables = 1 if config.tie_word_embeddings else 2
+        rest = parameters - tables * config.vocab_size * config.hidden_size
+        config.intermediate_size = _matching_width(rest / config.num_hidden_layers, config)
         return config
 
     @staticmethod
@@ -306,18 +332,15 @@ def _require(ok: bool, field: str, value: Any, expected: str) -> None:
         raise ValueError(f"HopeConfig: {field} must be {expected}, got {value!r}")
 
 
-def _matching_width(shape: _Shape, config: HopeConfig) -> int:
-    """CMS width at which the model has the preset's number of parameters."""
-    width, tables = config.hidden_size, 1 if shape.tie_word_embeddings else 2
-    embeddings = tables * shape.vocab_size * shape.hidden_size
-    per_layer = (shape.parameters - embeddings) / shape.num_hidden_layers
-    per_layer *= (width / shape.hidden_size) ** 2
+def _matching_width(per_layer: float, config: HopeConfig) -> int:
+    """CMS width at which a block has this many parameters."""
+    width = config.hidden_size
     left = per_layer - _mixer_parameters(config) - 2 * width
     step = (64 if width >= 512 else 4) * len(config.cms_periods)
     hidden = round(left / (2 * width) / step) * step
     if hidden < step:
         raise ValueError(
-            f"mixer {config.mixer!r} alone needs more parameters than this preset's blocks have; "
+            f"mixer {config.mixer!r} alone needs more parameters than the blocks are to have; "
             "set intermediate_size (equal parameters cannot be kept)"
         )
     return hidden

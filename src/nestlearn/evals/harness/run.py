@@ -1,0 +1,72 @@
+"""Measuring an experiment: cell by cell, in several processes, resumable."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from nestlearn.evals.harness.experiment import Experiment, Request, Scale
+from nestlearn.evals.harness.parallel import in_parallel
+from nestlearn.evals.harness.results import Results
+
+
+def open_results(
+    experiment: Experiment, path: Path, request: Request, threads: int, fresh: bool = False
+) -> Results:
+    """The result file of an experiment, continued if it is there."""
+    plan = getattr(experiment, "plan", None)
+    seeds = getattr(plan, "seeds", 1) if request.seeds is None else request.seeds
+    return Results(
+        path,
+        experiment.question,
+        {"experiment": experiment.name, "scale": experiment.scale, **experiment.settings()},
+        seeds=list(range(seeds)),
+        threads=threads,
+        fresh=fresh,
+    )
+
+
+def run(
+    experiment: Experiment,
+    results: Results,
+    request: Request,
+    jobs: int = 1,
+    threads: int = 1,
+    report: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True),
+) -> int:
+    """Measure what is missing; returns how many cells failed.
+
+    Cells that failed before are tried again once.
+    """
+    again = [r["cell"] for r in results.record["rows"] if "error" in r]
+    results.record["rows"] = [r for r in results.record["rows"] if "error" not in r]
+    if again:
+        report(f"  {len(again)} cells that failed before are tried again")
+    failed, began = 0, time.perf_counter()
+    while cells := experiment.due(results, request):
+        left = dict(cells)
+
+        def done(name: str, row: dict[str, Any], left: dict[str, Any] = left) -> None:
+            nonlocal failed
+            cell = left.pop(name)
+            failed += "error" in row
+            results.add(name, row if "error" not in row else {**cell, **row})
+            said = row.get("error") or experiment.summary(row)
+            spent = time.perf_counter() - began
+            report(f"  {name}: {said} ({len(left)} left of this round, {spent:.0f} s in all)")
+
+        work = {n: (experiment.name, experiment.scale, c) for n, c in cells.items()}
+        in_parallel(measure, work, jobs, done, threads)
+    return failed
+
+
+def measure(name: str, scale: Scale, cell: dict[str, Any]) -> dict[str, Any]:
+    """One cell, in a process of its own."""
+    from nestlearn.evals.registry import experiment
+
+    began = time.perf_counter()
+    row = experiment(name, scale).measure(cell)
+    return {**row, "seconds": time.perf_counter() - began}

@@ -1,0 +1,111 @@
+"""The systems of the paper's tables, by name: each is a mixer in the same blocks."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class System:
+    """One row of the tables.
+
+    Attributes:
+        label: its name in the paper.
+        fields: what it sets in `HopeConfig`.
+        attention: whether its memory grows with the sequence.
+    """
+
+    label: str
+    fields: Mapping[str, Any]
+    attention: bool = False
+
+
+SYSTEMS: dict[str, System] = {
+    "transformer": System("Transformer", {"mixer": "attention"}, attention=True),
+    "linear_attention": System("Linear attention", {"mixer": "linear_attention"}),
+    "retnet": System("RetNet", {"mixer": "retnet"}),
+    "deltanet": System("DeltaNet", {"mixer": "deltanet"}),
+    "gated_deltanet": System("Gated DeltaNet", {"mixer": "gated_deltanet"}),
+    "ttt_linear": System("TTT-Linear", {"mixer": "ttt_linear"}),
+    "ttt_mlp": System("TTT-MLP", {"mixer": "ttt_mlp"}),
+    "moneta": System("Moneta", {"mixer": "moneta"}),
+    "yaad": System("Yaad", {"mixer": "yaad"}),
+    "memora": System("Memora", {"mixer": "memora"}),
+    "dla": System("DLA", {"mixer": "dla"}),
+    "atlas": System("Atlas", {"mixer": "atlas"}),
+    "titans": System("Titans (LMM)", {"mixer": "titans"}),
+    "hope_attention": System(
+        "Hope-Attention", {"mixer": "attention", "cms_periods": (1, 4)}, attention=True
+    ),
+    "hope": System("Hope", {"mixer": "self_modifying", "cms_periods": (1, 4)}),
+}
+"""Hope differs from the others in its mixer and in its MLPs' levels (CMS)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """Width, depth and heads that all systems of a comparison share.
+
+    Attributes:
+        width, layers, heads: of every system.
+        parameters: of the whole model; None: what a Transformer of this width has whose MLPs are
+            four times as wide.
+    """
+
+    width: int
+    layers: int
+    heads: int
+    parameters: int | None = None
+
+
+def check_system(name: str) -> System:
+    """The system called ``name``.
+
+    Raises:
+        ValueError: there is none; the message lists all.
+    """
+    if name not in SYSTEMS:
+        near = difflib.get_close_matches(name, SYSTEMS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(SYSTEMS)}"
+        raise ValueError(f"unknown system {name!r}; {hint}")
+    return SYSTEMS[name]
+
+
+def build(name: str, size: Size, vocab_size: int, length: int, **fields: Any) -> Any:
+    """A model with random weights; all systems of one size have equally many parameters.
+
+    Args:
+        name: of the system.
+        size: what it shares with the others.
+        vocab_size: tokens. length: of the longest sequence.
+        fields: further fields of `HopeConfig`, before those of the system.
+
+    Raises:
+        ValueError: no such system, or its mixer alone is larger than ``size`` allows.
+
+    Example:
+        >>> models = [build(n, Size(32, 1, 2), 16, 64) for n in ("transformer", "gated_deltanet")]
+        >>> [sum(p.numel() for p in m.parameters()) for m in models]
+        [12896, 12932]
+    """
+    from nestlearn.models.hope import HopeConfig, HopeForCausalLM
+
+    system = check_system(name)
+    parameters = size.parameters
+    if parameters is None:
+        # Attention has four square matrices, an MLP of fourfold width eight; and two norms.
+        blocks = size.layers * (12 * size.width**2 + 2 * size.width)
+        parameters = vocab_size * size.width + blocks
+    config = HopeConfig.with_parameters(
+        parameters,
+        vocab_size=vocab_size,
+        hidden_size=size.width,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        max_position_embeddings=length,
+        **{**fields, **system.fields},
+    )
+    return HopeForCausalLM(config)

@@ -1,0 +1,216 @@
+"""Experiments in which every system is trained from scratch on every task."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import statistics
+import time
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from nestlearn.evals.harness.experiment import Experiment, Request, Scale
+from nestlearn.evals.harness.fitting import fit
+from nestlearn.evals.harness.results import Results
+from nestlearn.evals.harness.systems import SYSTEMS, Size, build
+from nestlearn.evals.harness.task import TRAIN, VALIDATION, Batch, Task, score
+
+TUNING_SEED = 1000
+"""Settings are chosen with this seed; the final runs have seeds 0, 1, 2, ..."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How systems are trained at a scale.
+
+    Attributes:
+        size: of every system.
+        steps, batch: optimizer steps, sequences in each.
+        lrs, weight_decays: the grid every system is tuned on, for every task.
+        seeds: final runs.
+        systems: those compared by default.
+        examples: in every test split and for validation.
+        pool: training examples there are; None: new ones at every step.
+        fields: of `HopeConfig`, for every system that knows them.
+    """
+
+    size: Size
+    steps: int
+    batch: int
+    lrs: tuple[float, ...]
+    weight_decays: tuple[float, ...] = (0.1,)
+    seeds: int = 3
+    systems: tuple[str, ...] = tuple(SYSTEMS)
+    examples: int = 500
+    pool: int | None = None
+    fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+class Trained(Experiment):
+    """Tasks x systems: tuned on a validation split of a seed of its own, then run with others.
+
+    A setting is chosen by the task's metric on the validation split, then by the loss there. Where
+    the best learning rate is the smallest or largest of the grid, the table says so.
+    """
+
+    plans: Mapping[Scale, Plan]
+    own_fields: Mapping[str, Mapping[str, Any]] = {}
+    """System -> fields of `HopeConfig` that it has in this experiment alone."""
+
+    @property
+    def plan(self) -> Plan:
+        """Of this scale."""
+        return self.plans[self.scale]
+
+    @abstractmethod
+    def tasks(self) -> dict[str, Task]:
+        """The tasks of this scale, by name."""
+
+    def settings(self) -> dict[str, Any]:
+        """Everything but which systems and how many seeds, which may grow."""
+        plan = dataclasses.asdict(self.plan)
+        for name in ("systems", "seeds", "lrs"):
+            del plan[name]
+        return {**plan, "own": {k: dict(v) for k, v in self.own_fields.items()}}
+
+    # -- cells --------------------------------------------------------------------------------
+
+    def due(self, results: Results, request: Request) -> dict[str, dict[str, Any]]:
+        """Tuning of every system and task first; each one's final runs once it is tuned."""
+        plan = self.plan
+        tasks = request.pick("tasks", tuple(self.tasks()))
+        systems = plan.systems
+        if request.systems is not None:
+            systems = request.pick("systems", tuple(SYSTEMS))
+        seeds = range(plan.seeds if request.seeds is None else request.seeds)
+        grid = [{"lr": lr, "weight_decay": w} for lr in plan.lrs for w in plan.weight_decays]
+        cells: dict[str, dict[str, Any]] = {}
+        for task in tasks:
+            for system in systems:
+                own = {"task": task, "system": system, "device": request.device}
+                open_ = {}
+                for setting in grid if len(grid) > 1 else ():
+                    name = f"tune/{task}/{system}/{named(setting)}"
+                    if results.get(name) is None:
+                        open_[name] = {**own, **setting, "seed": TUNING_SEED, "tuning": True}
+                cells |= open_
+                if open_:
+                    continue
+                best = self.chosen(results, task, system) if len(grid) > 1 else grid[0]
+                if best is None:
+                    continue
+                for seed in seeds:
+                    name = f"final/{task}/{system}/{named(best)}/seed{seed}"
+                    if results.get(name) is None:
+                        cells[name] = {**own, **best, "seed": seed, "tuning": False}
+        return cells
+
+    def measure(self, cell: dict[str, Any]) -> dict[str, Any]:
+        """Train one model, and score it on every split."""
+        plan, task = self.plan, self.tasks()[cell["task"]]
+        seed, device = cell["seed"], cell["device"]
+        torch.manual_seed(seed)
+        fields = {**plan.fields, **self.own_fields.get(cell["system"], {})}
+        model = build(cell["system"], plan.size, task.vocab_size, task.length, **fields).to(device)
+        generator = torch.Generator().manual_seed(seed)
+        found = fit(
+            model,
+            training(task, plan, generator, device),
+            cell["lr"],
+            plan.steps,
+            weight_decay=cell["weight_decay"],
+        )
+        # Validation and test examples are the same for all systems and seeds.
+        splits = (VALIDATION,) if cell["tuning"] else (VALIDATION, *task.splits)
+        row: dict[str, Any] = {k: v for k, v in cell.items() if k != "device"}
+        began = time.perf_counter()
+        for i, split in enumerate(splits):
+            batch = task.draw(split, plan.examples, torch.Generator().manual_seed(10_000 + i))
+            row[split] = dataclasses.asdict(score(model, to(batch, device)))
+        losses = found["loss"]
+        return row | {
+            "parameters": sum({id(p): p.numel() for p in model.parameters()}.values()),
+            "loss": losses[:: max(1, len(losses) // 50)],
+            "train_seconds": found["seconds"],
+            "test_seconds": time.perf_counter() - began,
+        }
+
+    def summary(self, row: dict[str, Any]) -> str:
+        """Scores of the splits."""
+        metric = self.tasks()[row["task"]].metric
+        found = {k: v[metric] for k, v in row.items() if isinstance(v, dict) and metric in v}
+        return ", ".join(f"{k} {100 * v:.1f}" for k, v in found.items())
+
+    # -- reading results ----------------------------------------------------------------------
+
+    def chosen(self, results: Results, task: str, system: str) -> dict[str, Any] | None:
+        """The best setting of a system on a task; None if none was measured."""
+        metric = self.tasks()[task].metric
+        rows = [
+            r
+            for r in results.rows(task=task, system=system, tuning=True)
+            if "error" not in r and r["lr"] in self.plan.lrs
+        ]
+        if not rows:
+            return None
+        best = max(rows, key=lambda r: (r[VALIDATION][metric], -r[VALIDATION]["loss"]))
+        return {"lr": best["lr"], "weight_decay": best["weight_decay"]}
+
+    def finals(self, results: Results, task: str, system: str) -> list[dict[str, Any]]:
+        """Final rows of the setting that is best now."""
+        rows = [r for r in results.rows(task=task, system=system, tuning=False)
+                if "error" not in r]  # fmt: skip
+        best = self.chosen(results, task, system)
+        if best is not None:
+            rows = [r for r in rows if all(r[k] == v for k, v in best.items())]
+        return rows
+
+    def mean(self, results: Results, task: str, system: str, split: str) -> float | None:
+        """Mean over seeds of the task's metric on a split, in percent."""
+        metric = self.tasks()[task].metric
+        rows = self.finals(results, task, system)
+        return 100 * statistics.fmean(r[split][metric] for r in rows) if rows else None
+
+    def systems(self, results: Results) -> list[str]:
+        """Those with final rows, in the order of the paper's tables."""
+        return [s for s in SYSTEMS if results.rows(system=s, tuning=False)]
+
+
+def training(
+    task: Task, plan: Plan, generator: torch.Generator, device: str
+) -> Iterable[functools.partial[torch.Tensor]]:
+    """Losses of endless batches: new examples, or rows of a pool in a new order at every pass."""
+    pool = None if plan.pool is None else task.draw(TRAIN, plan.pool, generator)
+    order = torch.empty(0, dtype=torch.long)
+    while True:
+        if pool is None:
+            batch = task.draw(TRAIN, plan.batch, generator)
+        else:
+            while len(order) < plan.batch:
+                order = torch.cat([order, torch.randperm(len(pool), generator=generator)])
+            rows, order = order[: plan.batch], order[plan.batch :]
+            batch = Batch(pool.inputs[rows], pool.targets[rows], pool.asked[rows])
+        yield functools.partial(_loss, to(batch, device))
+
+
+def _loss(batch: Batch, model: Any) -> torch.Tensor:
+    return batch.loss(model(input_ids=batch.inputs, use_cache=False).logits)
+
+
+def to(batch: Batch, device: str) -> Batch:
+    """The batch on a device."""
+    return Batch(batch.inputs.to(device), batch.targets.to(device), batch.asked.to(device))
+
+
+def named(setting: Mapping[str, Any]) -> str:
+    """A setting as part of a cell's name.
+
+    Example:
+        >>> named({"lr": 0.001, "weight_decay": 0.1})
+        'lr=0.001 weight_decay=0.1'
+    """
+    return " ".join(f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}"
+                    for k, v in setting.items()) or "-"  # fmt: skip
