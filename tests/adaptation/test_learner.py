@@ -120,14 +120,14 @@ def test_keys_are_written_where_there_is_something_to_learn(tokenizer: Any) -> N
     none = torch.zeros(8, 5)
     seen = Seen(key, 2.0, torch.zeros(()))
     # Squared errors 9, 4, 2.25, 1 of 16.26: 98% needs all four; the third is like the first.
-    new = _new_keys(seen, error, none)
+    new = _new_keys(seen, error, none, 8)
     torch.testing.assert_close(F.normalize(new, dim=-1), key[[1, 3, 5]], atol=0.02, rtol=0)
     torch.testing.assert_close(new.norm(dim=-1), torch.full((3,), 2.0), atol=0.05, rtol=0)
     known = none.clone()
     known[5] = key[3] * 7
-    assert len(_new_keys(seen, error, known)) == 2
-    assert len(_new_keys(seen, 0 * error, none)) == 0
-    assert len(_new_keys(seen, error, none[:2])) == 2
+    assert len(_new_keys(seen, error, known, 8)) == 2
+    assert len(_new_keys(seen, 0 * error, none, 8)) == 0
+    assert len(_new_keys(seen, error, none[:0], 2)) == 2
 
 
 def test_full_memories_give_up_their_weakest(tokenizer: Any) -> None:
