@@ -65,6 +65,15 @@ def learner_of(model: Any, context: int) -> Any:
     return nl.Learner(model, Plain(), lr=1e-6, repeats=1, context=context, snapshots=0)
 
 
+def trim(model: Any) -> None:
+    """Leave the added memories no slots but those in use: less work for a plain loop."""
+    from nestlearn.adaptation.added import AddedMemory
+
+    for memory in model.modules():
+        if isinstance(memory, AddedMemory):
+            memory.values.data = memory.values.data[: len(memory.lengths)].clone()
+
+
 def plain_trial(
     name: str, ids: list[int], memories: bool, context: bool = False
 ) -> Callable[[], None]:
@@ -73,7 +82,9 @@ def plain_trial(
 
     model = load(name)
     if memories:  # with the keys that the learner would write
-        learner_of(model, len(ids)).learn(" ".join(map(str, ids)))
+        learner = learner_of(model, len(ids))
+        learner.learn(" ".join(map(str, ids)))
+        trim(model)
     weights = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=1e-7, foreach=True)
     rows = [torch.tensor([ids[i : i + SEGMENT + 1]]) for i in range(0, len(ids) - 1, SEGMENT)]

@@ -14,6 +14,7 @@ from torch import Tensor
 
 import nestlearn as nl
 from nestlearn.adaptation import adaptation_of
+from nestlearn.adaptation.operations import diff
 from nestlearn.adaptation.reader import segments
 from tests.adaptation.conftest import tiny_model
 
@@ -120,14 +121,60 @@ def test_keys_are_written_where_there_is_something_to_learn(tokenizer: Any) -> N
     none = torch.zeros(8, 5)
     seen = Seen(key, 2.0, torch.zeros(()))
     # Squared errors 9, 4, 2.25, 1 of 16.26: 98% needs all four; the third is like the first.
-    new = _new_keys(seen, error, none)
+    new = _new_keys(seen, error, none, 8)
     torch.testing.assert_close(F.normalize(new, dim=-1), key[[1, 3, 5]], atol=0.02, rtol=0)
     torch.testing.assert_close(new.norm(dim=-1), torch.full((3,), 2.0), atol=0.05, rtol=0)
     known = none.clone()
     known[5] = key[3] * 7
-    assert len(_new_keys(seen, error, known)) == 2
-    assert len(_new_keys(seen, 0 * error, none)) == 0
-    assert len(_new_keys(seen, error, none[:2])) == 2
+    assert len(_new_keys(seen, error, known, 8)) == 2
+    assert len(_new_keys(seen, 0 * error, none, 8)) == 0
+    assert len(_new_keys(seen, error, none[:0], 2)) == 2
+
+
+@pytest.mark.parametrize("optimizer", ["rowadam", "adamw"])
+def test_room_grows_without_a_trace(
+    tokenizer: Any, ids: Tensor, optimizer: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Starting with room for 4 slots or for all 2,000 gives the same bits, across a file too."""
+    from nestlearn.adaptation import level_weights
+
+    found = []
+    for fewest in (4, 2000):
+        monkeypatch.setattr(level_weights, "FEWEST", fewest)
+        learner = learner_of(tokenizer, slots=2000, optimizer=optimizer)
+        learner.learn(TEXT[:36])  # in the middle of the slow level's period
+        learner.save(tmp_path / "m.nlmem")
+        learner.load(tmp_path / "m.nlmem")
+        learner.learn([TEXT[36:], OTHER[:50]])
+        rows = learner._weights.rows
+        assert all(n > 4 and (fewest == 2000) == (n == 2000) for n in rows.values())
+        after = logits(learner, ids)
+        state = {k: v for own in learner.memory.optimizer["state"].values() for k, v in own.items()}
+        learner.undo()
+        found.append((after, learner.memory, logits(learner, ids), state))
+    (first, a, back, s), (second, b, whole, t) = found
+    assert torch.equal(first, second) and torch.equal(back, whole)
+    assert all(row.distance == 0 < row.first for row in diff(a, b)[:1])
+    for key, value in ((k, v) for k, v in s.items() if v.ndim):
+        assert torch.equal(value, t[key][: len(value)]) and not t[key][len(value) :].any()
+
+
+def test_a_level_that_is_frozen_later_keeps_its_share(tokenizer: Any, ids: Tensor) -> None:
+    learner = learner_of(tokenizer)
+    learner.learn(TEXT)
+    held = learner.memory.copy()
+    held.optimizer = None
+    other = learner_of(tokenizer, None, [nl.Level(period=8, lr_scale=0.0),
+                                         nl.Level(period=32, eta=0.0)])  # fmt: skip
+    other.use(held)
+    before = logits(other, ids)
+    assert any(t.any() for t in held.changes["every 32"].values())
+    other.learn(TEXT)  # nothing may move but by keys of which none is new
+    total = {n: other.memory.total(n) for n in held.changes["every 32"]}
+    for name, value in total.items():
+        weight = adaptation_of(other.model).targets[name].weight
+        torch.testing.assert_close(weight[: len(value)].detach(), value)
+    assert before.isfinite().all()
 
 
 def test_full_memories_give_up_their_weakest(tokenizer: Any) -> None:

@@ -6,7 +6,8 @@ learned, ``nl.unadapt`` gives the model back.
 
 from nestlearn.adaptation.attach import Adaptation, adapt, adapt_to, adaptation_of, unadapt
 from nestlearn.adaptation.file import Stored, read_memory, write_memory
-from nestlearn.adaptation.learner import Learned, Learner
+from nestlearn.adaptation.learned import Learned
+from nestlearn.adaptation.learner import Learner
 from nestlearn.adaptation.memory import Layout, Memory, Snapshot
 from nestlearn.adaptation.sites import Site, find_sites
 

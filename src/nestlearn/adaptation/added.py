@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nestlearn.adaptation.memory import Memory
+from nestlearn.adaptation.memory import WRITTEN, Memory, sum_of, used_rows, with_rows
 
 if TYPE_CHECKING:
     from nestlearn.adaptation.attach import Adaptation
@@ -57,15 +57,18 @@ class AddedMemory(nn.Module):
         super().__init__()
         # Not in the model's own files: they belong to the memory and are stored with it.
         self.register_buffer("projection", projection.to(like), persistent=False)
-        self.keys = nn.Parameter(torch.zeros(slots, len(projection)).to(like), requires_grad=False)
-        self.values = nn.Parameter(torch.zeros(slots, width).to(like))
+        # Zeros take no memory on a CPU until they are written to.
+        empty: dict[str, Any] = {"dtype": like.dtype, "device": like.device}
+        keys = torch.zeros(slots, len(projection), **empty)
+        self.keys = nn.Parameter(keys, requires_grad=False)
+        self.values = nn.Parameter(torch.zeros(slots, width, **empty))
         self.prepare()
 
     @torch.no_grad()
-    def prepare(self) -> None:
-        """To be called when the keys have changed: directions and lengths of those in use."""
-        taken = self.keys.any(-1).nonzero()
-        used = int(taken[-1]) + 1 if len(taken) else 0
+    def prepare(self, rows: int | None = None) -> None:
+        """To be called when the keys have changed: directions and lengths of those in use, which
+        are among the first ``rows`` (default: anywhere)."""
+        used = used_rows(self.keys[:rows])
         self.directions = F.normalize(self.keys[:used], dim=-1)
         self.lengths = self.keys[:used].norm(dim=-1)
 
@@ -82,11 +85,9 @@ class AddedMemory(nn.Module):
         return answers(key, self.directions, self.lengths)
 
     def gradient(self, key: Tensor, error: Tensor) -> Tensor:
-        """``dL/dV = sum_t a(k_t) |K| (dL/dy_t)^T``: ``(N, r)`` and ``(N, D)`` to ``(n, D)``."""
-        result = torch.zeros_like(self.values, dtype=torch.float32)
-        used = self.answers(key).mT.float() @ error.float()
-        result[: len(used)] = used
-        return result
+        """``dL/dV = sum_t a(k_t) |K| (dL/dy_t)^T`` of the slots up to the last one in use:
+        ``(N, r)`` and ``(N, D)`` to ``(used, D)``."""
+        return self.answers(key).mT.float() @ error.float()
 
 
 def answers(key: Tensor, directions: Tensor, lengths: Tensor) -> Tensor:
@@ -112,6 +113,11 @@ class Target:
     levels: tuple[str, ...]
     module: nn.Module
 
+    @property
+    def in_slots(self) -> bool:
+        """Whether its rows are an added memory's slots: a change may have fewer rows then."""
+        return CHILD in self.module._modules
+
 
 @dataclasses.dataclass
 class Seen:
@@ -119,13 +125,13 @@ class Seen:
 
     Attributes:
         key: k ``(N, r)`` of every place.
-        size: root mean square of the MLP's output.
+        size: root mean square of the MLP's output, a number or ``()``.
         answer: zeros that were added to the output, ``(..., D)``; the loss is differentiated by
             them.
     """
 
     key: Tensor
-    size: float
+    size: Tensor | float
     answer: Tensor
 
 
@@ -148,7 +154,7 @@ class Hook:
             return None
         if self.handle.seen is not None:
             answer = torch.zeros_like(output, requires_grad=True)
-            size = output.detach().float().square().mean().sqrt().item()
+            size = output.detach().float().square().mean().sqrt()
             key = memory.key(inputs[0].detach()).flatten(0, -2)
             self.handle.seen[self.name] = Seen(key, size, answer)
             output = output + answer
@@ -187,17 +193,19 @@ def stack_rows(name: str, targets: dict[str, Target], memories: Sequence[Memory 
     """What `Rows` needs for a target, row i from the i-th memory (None: no change)."""
     target = targets[name]
 
-    def stack(part: str) -> Tensor:
+    def stack(part: str, rows: int) -> Tensor:
         weight = targets[part].weight
+        empty = weight.new_zeros(rows, *weight.shape[1:])
         found = [None if m is None else m.total(part) for m in memories]
-        empty = torch.zeros_like(weight, requires_grad=False)
-        return torch.stack([empty if t is None else t.to(weight) for t in found])
+        return torch.stack([empty if t is None else with_rows(t.to(weight), rows) for t in found])
 
-    if CHILD not in target.module._modules:
-        return Rows(stack(name), not isinstance(target.module, nn.Linear))
+    if not target.in_slots:
+        return Rows(stack(name, len(target.weight)), not isinstance(target.module, nn.Linear))
+    written = [m.changes.get(WRITTEN, {}).get(name + KEYS) for m in memories if m is not None]
+    used = max((used_rows(keys) for keys in written if keys is not None), default=0)
     own = memory_of(target).projection
     projections = [own if m is None else m.fixed[name].to(own) for m in memories]
-    return Rows(stack(name), True, stack(name + KEYS), torch.stack(projections))
+    return Rows(stack(name, used), True, stack(name + KEYS, used), torch.stack(projections))
 
 
 def memory_of(target: Target) -> AddedMemory:
@@ -208,7 +216,10 @@ def memory_of(target: Target) -> AddedMemory:
 
 
 def refresh(target: Target, changes: Sequence[Tensor]) -> None:
-    """``W = W_0 + sum(changes)``, summed in float32 and rounded once."""
+    """``W = W_0 + sum(changes)``, summed in float32 and rounded once.
+
+    Of an added memory only the rows that the changes have are written.
+    """
     weight = target.weight
     if not changes:
         if target.base is None:
@@ -216,7 +227,7 @@ def refresh(target: Target, changes: Sequence[Tensor]) -> None:
         else:
             weight.copy_(target.base)
         return
-    total = changes[0] if len(changes) == 1 else torch.stack(list(changes)).sum(0)
+    total = sum_of(changes)
     if target.base is not None:
         total = target.base.to(total) + total.to(target.base.device)
-    weight.copy_(total)
+    weight[: len(total)].copy_(total)

@@ -130,8 +130,12 @@ class Adaptation:
             else:
                 with torch.no_grad():
                     target.weight.copy_(target.base)
-        for p, required in self._required.items():
-            p.requires_grad_(required)
+        self._require(self._required)
+
+    def _require(self, required: dict[nn.Parameter, bool]) -> None:
+        for p, wanted in required.items():
+            if p.requires_grad != wanted:
+                p.requires_grad_(wanted)
 
     # -- memories -----------------------------------------------------------------------------
 
@@ -154,9 +158,11 @@ class Adaptation:
         """Let the model compute with what a memory holds; None: with the base weights alone."""
         for name, target in self.targets.items():
             change = None if memory is None else memory.total(name)
+            if target.in_slots and change is not None:
+                target.weight[len(change) :].zero_()
             refresh(target, [] if change is None else [change])
             if target.levels == (WRITTEN,):
-                memory_of(target).prepare()
+                memory_of(target).prepare(0 if change is None else len(change))
         self.holds = memory is not None and not memory.is_empty
 
     @contextlib.contextmanager
@@ -172,8 +178,14 @@ class Adaptation:
 
     @contextlib.contextmanager
     def inactive(self) -> Iterator[None]:
-        """Within it, the model is the base model (added memories cost nothing then)."""
+        """Within it, the model is the base model, and added memories cost nothing.
+
+        Its weights require gradients as they did before `adapt`, which decides how PyTorch computes
+        with them.
+        """
         before, self.active = self.active, False
+        required = {p: p.requires_grad for p in self._required}
+        self._require(self._required)
         weights = None
         if self.method == "placement":
             weights = {n: t.weight.detach().clone() for n, t in self.targets.items()}
@@ -182,6 +194,7 @@ class Adaptation:
             yield
         finally:
             self.active = before
+            self._require(required)
             if weights is not None:
                 with torch.no_grad():
                     for name, weight in weights.items():

@@ -328,7 +328,7 @@ def _memory(content: dict[str, Any], stored: dict[str, Tensor], expected: Layout
     for name, own in (optimizer or {"state": {}})["state"].items():
         rows = layout.shapes[name.split("/", 1)[1]][0]
         for key, value in own.items():
-            if isinstance(value, Tensor) and value.ndim:
+            if isinstance(value, Tensor) and value.ndim and layout.method != "added":
                 own[key] = _padded(value, rows)
     return Memory(
         layout,
@@ -393,7 +393,9 @@ def _changes(
             if type(rows) is not int or not 1 <= rows <= shape[0]:
                 raise ValueError(f"{target} has {rows!r:.20} rows")
             parts = {n: stored[_key(prefix, i, target, n)] for n in part_names(storage)}
-            own[target] = _padded(decode(parts, storage, (rows, *shape[1:])), shape[0])
+            own[target] = decode(parts, storage, (rows, *shape[1:]))
+            if layout.method != "added":  # slots without rows are free
+                own[target] = _padded(own[target], shape[0])
             if not torch.isfinite(own[target]).all():
                 raise ValueError(f"{target} of level {level} holds numbers that are not finite")
     return changes

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import math
 import time
 import warnings
@@ -19,57 +17,16 @@ from nestlearn.adaptation.attach import Adaptation, adaptation_of
 from nestlearn.adaptation.documents import Documents, documents_of
 from nestlearn.adaptation.examples import Batch, completion_loss
 from nestlearn.adaptation.file import Stored, read_memory, write_memory
+from nestlearn.adaptation.learned import Learned
 from nestlearn.adaptation.level_weights import LevelWeights
 from nestlearn.adaptation.memory import Memory, level_name
 from nestlearn.adaptation.reader import Reader, Segment, reading, work
 from nestlearn.adaptation.readout import TARGET, Writer
+from nestlearn.adaptation.settings import DEFAULTS, context_of, factories, limit_of, name_of
 from nestlearn.adaptation.writing import write_keys
 from nestlearn.levels.clock import NEVER
 from nestlearn.levels.level import Level
 from nestlearn.optim.multirate import InnerFactory
-from nestlearn.optim.row_adam import RowAdam
-
-OPTIMIZERS: dict[str, InnerFactory] = {
-    "rowadam": RowAdam,
-    "adamw": functools.partial(torch.optim.AdamW, betas=(0.9, 0.99), weight_decay=0.0),
-    "sgd": functools.partial(torch.optim.SGD, momentum=0.9),
-}
-"""Inner optimizers by name; any ``torch.optim`` class can be given instead."""
-DEFAULTS: dict[str, tuple[float, str]] = {
-    "added": (0.2, "rowadam"),
-    "placement": (1e-4, "adamw"),
-    "readout": (1.0, "sgd"),
-}
-"""Learning rate and optimizer by method."""
-
-
-@dataclasses.dataclass
-class Learned:
-    """What a call of `Learner.learn` did.
-
-    Attributes:
-        tokens, documents: how much was read.
-        loss: mean surprise of the tokens when they were read first, in nats.
-        updates: how often each level was updated.
-        surprise: per level, the mean surprise within its last period.
-        skipped: segments left out because their loss or gradient was not finite.
-        seconds: time it took.
-        stopped: whether it was asked to stop before the end.
-    """
-
-    tokens: int = 0
-    documents: int = 0
-    loss: float = math.nan
-    updates: dict[str, int] = dataclasses.field(default_factory=dict)
-    surprise: dict[str, float] = dataclasses.field(default_factory=dict)
-    skipped: int = 0
-    seconds: float = 0.0
-    stopped: bool = False
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Reading speed, learning included."""
-        return self.tokens / self.seconds if self.seconds else 0.0
 
 
 class Learner:
@@ -147,18 +104,18 @@ class Learner:
                 raise ValueError(f"{name} must be {least} or more, got {count!r}")
         self.lr, self.repeats, self.clip, self.keep = lr, repeats, clip, snapshots
         self.batch = batch
-        self._factory = _factories(usual[1] if optimizer is None else optimizer)
+        self._factory = factories(usual[1] if optimizer is None else optimizer)
         self.segment = min(lv.period for lv in self.levels if lv.period != NEVER)
-        self.limit = _limit(model)
+        self.limit = limit_of(model)
         self._writer: Writer | None = None
         if self._handle.method == "readout":
             self._writer = Writer(model, self._handle.readout)
             self._factory, self.lr = None, 1.0
             # Sums are the same however the text is cut.
             self.segment = min(max(self.segment, 256), self.limit if context is None else context)
-        self.context = _context(self.limit, context, self.segment)
+        self.context = context_of(self.limit, context, self.segment)
         self.frozen = False
-        self.use(self._handle.new_memory(_name_of(model)) if memory is None else memory)
+        self.use(self._handle.new_memory(name_of(model)) if memory is None else memory)
 
     # -- memory -------------------------------------------------------------------------------
 
@@ -434,39 +391,3 @@ class Learner:
         """Where the model's inputs go."""
         embeddings: Any = self.model.get_input_embeddings()  # type: ignore[operator]
         return embeddings.weight.device
-
-
-def _factories(given: Any) -> Any:
-    if isinstance(given, Mapping):
-        return {name: _factories(one) for name, one in given.items()}
-    if isinstance(given, str):
-        if given not in OPTIMIZERS:
-            raise ValueError(
-                f"optimizer must be {', '.join(OPTIMIZERS)} or a factory, got {given!r}"
-            )
-        return OPTIMIZERS[given]
-    if not callable(given):
-        raise ValueError(f"optimizer must be a name or a factory, got {given!r}")
-    return given
-
-
-def _limit(model: nn.Module) -> int:
-    """Tokens that the model can attend to."""
-    config = getattr(model, "config", None)
-    return getattr(config, "max_position_embeddings", None) or 1 << 30
-
-
-def _context(limit: int, given: int | None, segment: int) -> int:
-    context = min(1024, limit) if given is None else given
-    if context > limit:
-        raise ValueError(f"context is {context}, but the model reads at most {limit} tokens")
-    if context < segment:
-        raise ValueError(
-            f"the fastest level's period is {segment} tokens, more than the context of {context}; "
-            "give a larger context or a shorter period"
-        )
-    return context
-
-
-def _name_of(model: nn.Module) -> str:
-    return str(getattr(getattr(model, "config", None), "name_or_path", "") or "")[-200:]

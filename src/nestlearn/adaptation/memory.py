@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,7 +14,8 @@ from torch import Tensor
 from nestlearn.levels.level import Level
 
 Changes = dict[str, dict[str, Tensor]]
-"""Level name -> target name -> change, float32, in the target's shape."""
+"""Level name -> target name -> change, float32, in the target's shape. Of an added memory it may
+have fewer rows: the slots behind them are free, and zero."""
 WRITTEN = "keys"
 """What holds the keys of added memories, among the levels' changes."""
 
@@ -104,7 +106,7 @@ class Memory:
     def total(self, target: str) -> Tensor | None:
         """Sum of all levels' changes of a target; None if there are none."""
         found = [level[target] for level in self.changes.values() if target in level]
-        return torch.stack(found).sum(0) if len(found) > 1 else found[0] if found else None
+        return sum_of(found) if found else None
 
     def snapshot(self, label: str, keep: int | None = None) -> None:
         """Remember the present state, and drop all but the newest ``keep`` snapshots."""
@@ -136,6 +138,37 @@ class Memory:
     def copy(self) -> Memory:
         """A memory of its own with the same content."""
         return copy.deepcopy(self)
+
+
+def with_rows(tensor: Tensor, rows: int) -> Tensor:
+    """A tensor with ``rows`` rows: zeros behind those it has, or the first of them.
+
+    Example:
+        >>> with_rows(torch.ones(1, 2), 2)
+        tensor([[1., 1.],
+                [0., 0.]])
+    """
+    more = rows - len(tensor)
+    if more <= 0:
+        return tensor[:rows]
+    return torch.cat([tensor, tensor.new_zeros(more, *tensor.shape[1:])])
+
+
+def used_rows(keys: Tensor) -> int:
+    """Slots up to the last one in use."""
+    taken = keys.any(-1).nonzero()
+    return int(taken[-1]) + 1 if len(taken) else 0
+
+
+def sum_of(changes: Sequence[Tensor]) -> Tensor:
+    """Sum of one target's changes, of one or more; a tensor of its own unless there is one."""
+    first, *others = sorted(changes, key=len, reverse=True)
+    if not others:
+        return first
+    total = first.clone()
+    for change in others:
+        total[: len(change)] += change
+    return total
 
 
 def level_name(level: Level) -> str:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nestlearn.adaptation.added import KEYS
-from nestlearn.adaptation.memory import WRITTEN, Changes, Memory
+from nestlearn.adaptation.memory import WRITTEN, Changes, Memory, with_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +126,8 @@ def prune(
     for target, keys in result.changes.get(WRITTEN, {}).items():
         total = result.total(target.removesuffix(KEYS))
         if levels and (total is None or not total.any(-1).all()):
-            taken = torch.zeros(len(keys), 1) if total is None else total.any(-1, keepdim=True)
+            held = keys.new_zeros(len(keys), 1) if total is None else with_rows(total, len(keys))
+            taken = held.any(-1, keepdim=True)
             result.changes[WRITTEN][target] = keys * taken  # a slot without a value is free
     if result.optimizer is not None:
         state = {} if momenta else result.optimizer["state"]
@@ -169,10 +170,12 @@ def _aligned(memories: Sequence[Memory]) -> tuple[list[Changes], dict[str, Tenso
                 continue
             changes[level] = {}
             for name, tensor in targets.items():
-                place = own.get(name + KEYS)
-                if place is not None:
+                if name + KEYS in keys:
                     moved = tensor.new_zeros(len(keys[name + KEYS]), tensor.shape[1])
-                    moved[place[1]] = tensor[place[0]]
+                    if name + KEYS in own:  # else it holds no pairs
+                        from_rows, to_rows = own[name + KEYS]
+                        held = with_rows(tensor, max(from_rows.tolist(), default=-1) + 1)
+                        moved[to_rows] = held[from_rows]
                     tensor = moved
                 changes[level][name] = tensor
         aligned.append(changes)
@@ -192,12 +195,9 @@ def _fit(
         if len(found):
             strength = strength.expand(len(found)) * found.norm(dim=-1)
         kept = strength[: len(found)].argsort(descending=True, stable=True)[:slots].sort().values
-        written[target] = torch.zeros(slots, size)
-        written[target][: len(kept)] = found[kept]
+        written[target] = found[kept] if len(kept) else torch.zeros(1, size)
         for own in levels:
-            values = own[name].new_zeros(shapes[name])
-            values[: len(kept)] = own[name][kept]
-            own[name] = values
+            own[name] = own[name][kept] if len(kept) else own[name].new_zeros(1, *shapes[name][1:])
 
 
 def _require_same(memories: Sequence[Memory]) -> None:
