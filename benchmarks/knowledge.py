@@ -37,11 +37,11 @@ def grid(lrs: tuple[float, ...], **more: Any) -> list[dict[str, Any]]:
     return [{"lr": lr, **more} for lr in lrs]
 
 
-ALL_WEIGHTS = (5e-5, 1e-4, 2e-4)
-MEMORIES = (0.1, 0.2, 0.4)
+ALL_WEIGHTS = (5e-5, 1e-4, 2e-4, 4e-4)
+MEMORIES = (0.1, 0.2, 0.4, 0.8)
 GRIDS: dict[str, list[dict[str, Any]]] = {
     "naive": grid(ALL_WEIGHTS),
-    "lora": grid((2.5e-4, 5e-4, 1e-3), rank=16),
+    "lora": grid((2.5e-4, 5e-4, 1e-3, 2e-3), rank=16),
     "ewc": [*grid((1e-4,), ewc=1e5), *grid((1e-4, 2e-4), ewc=1e6)],
     "replay": grid(ALL_WEIGHTS, replay=0.5),
     "nestlearn": grid(MEMORIES),

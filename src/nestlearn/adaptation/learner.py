@@ -19,6 +19,7 @@ from nestlearn.adaptation.examples import Batch, completion_loss
 from nestlearn.adaptation.file import Stored, read_memory, write_memory
 from nestlearn.adaptation.learned import Learned
 from nestlearn.adaptation.level_weights import LevelWeights
+from nestlearn.adaptation.lower import LowerBlocks
 from nestlearn.adaptation.memory import Memory, level_name
 from nestlearn.adaptation.reader import Reader, Segment, reading, work
 from nestlearn.adaptation.readout import TARGET, Writer
@@ -115,6 +116,8 @@ class Learner:
             self.segment = min(max(self.segment, 256), self.limit if context is None else context)
         self.context = context_of(self.limit, context, self.segment)
         self.frozen = False
+        targets = self._handle.targets.values() if repeats > 1 else ()
+        self._lower = LowerBlocks(model, (target.module for target in targets))
         self.use(self._handle.new_memory(name_of(model)) if memory is None else memory)
 
     # -- memory -------------------------------------------------------------------------------
@@ -301,6 +304,7 @@ class Learner:
             def compute() -> Tensor:
                 nonlocal cache
                 loss, cache = reader.loss(row)
+                cache = self._lower.complete(cache)
                 return loss
 
         if self._writer is not None:
@@ -319,8 +323,11 @@ class Learner:
         first = None
         with torch.enable_grad():
             for i in range(self.repeats):
-                with self._handle.watching() as seen:
-                    loss = compute()
+                if i:
+                    loss, seen = self._lower.repeat(compute, self._handle.watching)
+                else:
+                    with self._handle.watching() as seen, self._lower.first():
+                        loss = compute()
                 value = loss.item()
                 if not math.isfinite(value):
                     return None

@@ -60,7 +60,7 @@ def find_sites(model: nn.Module, names: Sequence[str] | None = None) -> tuple[Si
     width = _width(model)
     if names is not None:
         return tuple(_named(model, name, i, width) for i, name in enumerate(names))
-    prefix, blocks = _blocks(model)
+    prefix, blocks = find_blocks(model)
     return tuple(_site(f"{prefix}.{i}", block, i, width) for i, block in enumerate(blocks))
 
 
@@ -84,7 +84,12 @@ def _width(model: nn.Module) -> int:
     return weight.shape[1]
 
 
-def _blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """Path and list of the blocks: the longest list of modules with attention in them.
+
+    Raises:
+        ValueError: there is none.
+    """
     lists = [
         (name, module)
         for name, module in model.named_modules()
@@ -155,7 +160,7 @@ def find_attention(model: nn.Module) -> tuple[str, ...]:
     Raises:
         ValueError: no blocks are recognised.
     """
-    prefix, blocks = _blocks(model)
+    prefix, blocks = find_blocks(model)
     return tuple(
         f"{prefix}.{i}.{next(n for n, m in block.named_modules() if n and _is_attention(n, m))}"
         for i, block in enumerate(blocks)
