@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
 from nestlearn.optim.base import Common, GradientOptimizer, check, choose
+from nestlearn.optim.blocks import in_blocks
 from nestlearn.optim.sharding import gather, local, own_part
 
 
@@ -93,38 +95,80 @@ class DeltaMomentum(GradientOptimizer):
         parts = [local(p) for p in params]
         buffers = [local(self.state[p]["momentum_buffer"]) for p in params]
         pieces = [local(g) for g in grads]
-        if group["delta"]:
-            old = [m.clone() for m in buffers] if torch.is_grad_enabled() else buffers
-            forgotten = [
-                self._forgotten(group, p, m, g) for p, m, g in zip(params, old, pieces, strict=True)
-            ]
-        torch._foreach_mul_(buffers, group["momentum"])
-        if group["delta"]:
-            torch._foreach_sub_(
-                buffers, [x.to(m.dtype) for x, m in zip(forgotten, buffers, strict=True)]
-            )
-        torch._foreach_add_(buffers, pieces)
-        descend(group, parts, buffers)
+        # What is differentiated through must not be changed block by block.
+        run = whole if torch.is_grad_enabled() else in_blocks
+        kinds: tuple[list[int], list[int]] = ([], [])
+        for i, p in enumerate(params):
+            entries = p.ndim < 2 or group["structure"] == "elementwise" or not group["delta"]
+            kinds[entries].append(i)
+        squares = [
+            self._mean_square(group, params[i], pieces[i]) if i in kinds[True] else None
+            for i in range(len(params))
+        ]
+        for i in kinds[False]:
+            self._forget(group, params[i], buffers[i], pieces[i])
 
-    def _forgotten(self, group: dict[str, Any], p: Tensor, m: Tensor, g: Tensor) -> Tensor:
-        """``e' m g^T g``: what leaves the memory, this process's part of it."""
-        if p.ndim < 2 or group["structure"] == "elementwise":
-            square = g.square()
-            if group["normalize"]:
-                mean = gather(square, p).mean()
-                square = square / mean.clamp(min=torch.finfo(g.dtype).tiny)
-            return m * (group["delta"] * square / (1 + group["delta"] * square))
-        m, g = gather(m, p).flatten(1), gather(g, p).flatten(1)
+        def learn(entries: bool) -> Callable[..., None]:
+            def update(rows: list[int], p: list[Tensor], m: list[Tensor], g: list[Tensor]) -> None:
+                if not entries:
+                    torch._foreach_add_(m, g)
+                elif not group["delta"]:
+                    torch._foreach_mul_(m, group["momentum"])
+                    torch._foreach_add_(m, g)
+                else:
+                    for k, mk, gk in zip(rows, m, g, strict=True):
+                        _by_entries(group, squares[kinds[True][k]], mk, gk)
+                descend(group, p, m)
+
+            return update
+
+        for entries in (False, True):
+            own = kinds[entries]
+            if own:
+                run(learn(entries), *([xs[i] for i in own] for xs in (parts, buffers, pieces)))
+
+    def _mean_square(self, group: dict[str, Any], p: Tensor, g: Tensor) -> Tensor | None:
+        """Of all of a parameter's gradient, where delta is measured in it."""
+        if not (group["normalize"] and group["delta"]):
+            return None
+        return gather(g.square(), p).mean().clamp(min=torch.finfo(g.dtype).tiny)
+
+    def _forget(self, group: dict[str, Any], p: Tensor, buffer: Tensor, piece: Tensor) -> None:
+        """``m <- m (momentum I - e' g^T g)``, of this process's part of m."""
+        m = gather(buffer.clone() if torch.is_grad_enabled() else buffer, p).flatten(1)
+        g = gather(piece, p).flatten(1)
         square = g.square().sum()
         if group["normalize"]:
             g = g * square.clamp(min=torch.finfo(g.dtype).tiny).rsqrt()
             square = torch.ones_like(square)
         rate = group["delta"] / (1 + group["delta"] * square)
-        rows, columns = g.shape
         kind = group["decay_dtype"] or g.dtype
-        m, g, rate = m.to(kind), g.to(kind), rate.to(kind)
-        term = (m @ g.mT * rate) @ g if rows <= columns else m @ (g.mT @ g * rate)
-        return own_part(term.view(p.shape), p)
+        g, rate = g.to(kind), rate.to(kind)
+        # m g^T g is a product of two, of which the smaller is made first.
+        thin = g.shape[0] <= g.shape[1]
+        left = m.to(kind) @ g.mT * rate if thin else m.to(kind)
+        right = g if thin else g.mT @ g * rate
+        if kind == m.dtype and m.data_ptr() == buffer.data_ptr() and buffer.ndim == 2:
+            source = left if thin else left.clone()
+            buffer.addmm_(source, right, beta=group["momentum"], alpha=-1)
+            return
+        forgotten = own_part((left @ right).view(p.shape), p)
+        buffer.mul_(group["momentum"]).sub_(forgotten.to(buffer.dtype))
+
+
+def _by_entries(group: dict[str, Any], mean: Tensor | None, m: Tensor, g: Tensor) -> None:
+    """``m <- m (momentum - delta g^2 / (1 + delta g^2)) + g``; g^2 over ``mean`` if there is one.
+
+    The fraction is computed as ``1 - 1 / (1 + delta g^2)``, in few passes over memory.
+    """
+    square = g.square() if mean is None else g.square() / mean
+    kept = square.mul_(group["delta"]).add_(1).reciprocal_()
+    m.mul_(kept + (group["momentum"] - 1)).add_(g)
+
+
+def whole(function: Callable[..., None], *lists: list[Any]) -> None:
+    """`in_blocks` in one block."""
+    function(range(len(lists[0])), *lists)
 
 
 def descend(group: dict[str, Any], params: list[Tensor], directions: list[Tensor]) -> None:
