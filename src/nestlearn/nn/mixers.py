@@ -18,6 +18,7 @@ NEURAL_MEMORY_PRESETS = (
     "retnet",
     "deltanet",
     "gated_deltanet",
+    "comba",
     "ttt_linear",
     "ttt_mlp",
     "titans",
