@@ -82,17 +82,36 @@ def _neural_memory(preset: str) -> Callable[[Any], nn.Module]:
     return build
 
 
+def _rwkv7(config: Any) -> nn.Module:
+    from nestlearn.nn.rwkv7 import RWKV7
+
+    return RWKV7(config.hidden_size, config.num_attention_heads, chunk=config.memory_chunk)
+
+
+def _mamba2(config: Any) -> nn.Module:
+    from nestlearn.nn.mamba2 import Mamba2
+
+    return Mamba2(
+        config.hidden_size,
+        config.num_attention_heads,
+        chunk=config.memory_chunk,
+        conv_size=config.conv_size,
+    )
+
+
 MIXERS: dict[str, Callable[[Any], nn.Module]] = {
     "self_modifying": _self_modifying,
     "attention": _attention,
     **{name: _neural_memory(name) for name in NEURAL_MEMORY_PRESETS},
+    "rwkv7": _rwkv7,
+    "mamba2": _mamba2,
 }
 
 
 def default_chunk(name: str) -> int:
     """Tokens per write that the literature (or SPEC §5) uses for a mixer."""
     if name not in NEURAL_MEMORY_PRESETS:
-        return 64
+        return {"rwkv7": 32}.get(name, 64)
     from nestlearn.nn.presets import get_spec
 
     return get_spec(name).chunk
