@@ -219,7 +219,9 @@ def test_titans_context():
         recalled, _ = layer.memory(segment[None], memory.freeze())
         answers = []
         for i, token in enumerate(segment):
-            sources = [(s, j) for many in (recalled[0], segment) for j, s in enumerate(many[: i + 1])]
+            sources = [
+                (s, j) for many in (recalled[0], segment) for j, s in enumerate(many[: i + 1])
+            ]
             k = torch.stack([*(fixed @ wk.T), *(rotated(wk @ s, j) for s, j in sources)])
             v = torch.stack([*(fixed @ wv.T), *(wv @ s for s, _ in sources)])
             answer = attention(layer, rotated(wq @ token, i), k, v)

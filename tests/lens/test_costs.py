@@ -14,9 +14,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import nestlearn as nl
 from nestlearn.lens.memories import memory_flops
 from nestlearn.nn import native
+from nestlearn.nn.mixers import build_mixer
 from nestlearn.rules import reference
 from nestlearn.rules.diagonal import diagonal_step
-from nestlearn.nn.mixers import build_mixer
 from tests.adaptation.conftest import tiny_model
 from tests.contracts.conftest import make_config
 

@@ -121,8 +121,6 @@ class Mamba2(RecurrentMixer):
         if state.frozen:
             return query @ memory.mT, state
         alpha = torch.exp(-dt * self.log_rate.to(dt.dtype).exp()[:, None])
-        out, memory = apply_rule(
-            "hebbian", memory, query, key, value, dt, alpha, chunk=self.chunk
-        )
+        out, memory = apply_rule("hebbian", memory, query, key, value, dt, alpha, chunk=self.chunk)
         position = tuple(p + dt.shape[2] for p in state.position)
         return out, dataclasses.replace(state, weights=(memory,), position=position)

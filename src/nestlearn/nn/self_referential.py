@@ -53,7 +53,7 @@ class SelfReferentialMatrix(RecurrentMixer):
     Args:
         dim: width D of the layer.
         heads: matrices per layer; must divide ``dim``.
-        row_limit: bound on the norm of the rows of W, in units of the largest of ``W_0``'s; 0: none.
+        row_limit: bound on the norm of the rows of W, in units of the largest of ``W_0``; 0: none.
 
     Shapes: ``forward(x (B, T, D), state=None, mask=None (B, T)) -> (y (B, T, D), state)``;
     ``state.weights[0]`` is W, ``(B, H, 3d + 4, d)`` with d = D/H, in at least float32.
@@ -117,9 +117,7 @@ class SelfReferentialMatrix(RecurrentMixer):
         """Token by token, all rows and heads at once; ``tokens (B, H, T, d)``."""
         sizes = [self.head_dim] * 3 + [RATES]
         count = torch.tensor(sizes, device=W.device)
-        rows = torch.arange(RATES, device=W.device).repeat_interleave(
-            count, output_size=sum(sizes)
-        )
+        rows = torch.arange(RATES, device=W.device).repeat_interleave(count, output_size=sum(sizes))
         bound = None
         if self.row_limit:
             norm = torch.linalg.vector_norm(self.initial.detach().to(W.dtype), dim=-1)

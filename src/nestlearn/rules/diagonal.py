@@ -2,12 +2,12 @@
 
     M_t = M_{t-1} (diag(w_t) + a_t b_t^T) + v_t k_t^T          o_t = M_t q_t
 
-With ``w = alpha``, ``a = k``, ``b = -alpha eta k`` and value ``eta v`` this is the gated delta rule.
+With ``w = alpha``, ``a = k``, ``b = -alpha eta k``, value ``eta v`` this is the gated delta rule.
 `diagonal_step` is one token of it; `diagonal_sequence` computes the same for all chunks in one
 batch, as `nestlearn.rules.linear` does for scalar decays.
 
 A decay per channel cannot be taken out of the products of keys as one number per pair of tokens.
-It is split over both factors, ``exp(L_t - m)`` and ``exp(m - L_s)`` with L the summed logarithms and m
+It is split over both factors, ``exp(L_t - m)`` and ``exp(m - L_s)``, L the summed logarithms and m
 their middle in the chunk; `LOWEST_LOG` bounds a token's decay so that neither overflows.
 """
 
