@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nestlearn.nn import native
-from nestlearn.nn.mixers import MIXERS, build_mixer
+from nestlearn.nn.mixers import MIXERS, WINDOWED, build_mixer
 
 DIM = 16
 VARIANTS = {
@@ -30,7 +30,13 @@ VARIANTS = {
     "self_modifying, without the CPU kernel": {},
     "self_modifying, no projections": {"memory_adaptive": [], "projection_chunk": 1},
     "attention, windowed": {"sliding_window": 6},
+    "titans_mag, windowed": {"sliding_window": 4},
+    "titans_mal, windowed": {"sliding_window": 4},
 }
+# Attention costs the square of its length; a rewritten matrix a Python step per token.
+HOSTILE_LENGTH = {
+    **dict.fromkeys(WINDOWED, 4_096), "srwm": 8_192, "titans_mac": 16_384,
+}  # fmt: skip
 EVERY = pytest.mark.parametrize("name", [*MIXERS, *VARIANTS])
 NAMED = pytest.mark.parametrize("name", list(MIXERS))
 
@@ -170,7 +176,7 @@ def test_half_precision_is_close(make, chunk):
 def test_long_and_hostile_input_stays_finite(name, make):
     """Random, constant, repeated and hugely scaled tokens side by side."""
     layer = make(memory_chunk=64, projection_chunk=64).eval()
-    length = 4_096 if name == "attention" else 65_536  # attention costs the square of its length
+    length = HOSTILE_LENGTH.get(name, 65_536)
     x = torch.randn(4, length, DIM)
     x[1] = x[1, :1]
     x[2] = x[2, :7].repeat(length // 7 + 1, 1)[:length]
@@ -210,7 +216,7 @@ def test_gradient_through_a_carried_state(layer, chunk):
 
 @EVERY
 def test_state_size_does_not_grow(layer, name, chunk):
-    if name == "attention":
+    if name in WINDOWED:
         pytest.skip("attention keeps the text itself; sizes with a window are in tests/nn")
     _, short = layer(torch.randn(1, chunk + 1, DIM, dtype=torch.float64))
     _, long = layer(torch.randn(1, 9 * chunk + 2, DIM, dtype=torch.float64))

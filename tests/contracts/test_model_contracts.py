@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM
 from nestlearn.models.hope import HopeCache, HopeForCausalLM
 from nestlearn.nn.mixers import MIXERS
 
-EVERY = pytest.mark.parametrize("mixer", list(MIXERS))
+PATTERNS = ["samba", ["gated_deltanet", "attention"]]
+EVERY = pytest.mark.parametrize("mixer", [*MIXERS, *PATTERNS], ids=str)
 VOCAB = 31
 
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from nestlearn.nn.neural_memory import NeuralMemory
 
 D, HEADS, T, CHUNK = 4, 2, 11, 4
-LINEAR = ("linear_attention", "retnet", "deltanet", "gated_deltanet")
+LINEAR = ("linear_attention", "retnet", "deltanet", "gated_deltanet", "comba")
 # preset: objective, whether S carries momentum, window, activation
 WRITTEN = {
     "ttt_linear": ("l2", False, 1, None),
@@ -34,6 +34,9 @@ def random_layer(preset, **more):
     with torch.no_grad():
         for p in (*layer.initial, *([] if layer.gate_bias is None else [layer.gate_bias])):
             p.normal_(0, 0.5)
+        if layer.feedback is not None:
+            layer.feedback.normal_()
+            layer.correction.normal_()
     return layer
 
 
@@ -76,8 +79,12 @@ def test_linear_presets(preset):
                 M = (1 - 2.0 ** (-5 - h)) * M + vk
             else:
                 eta = gates["eta"][h, t]
-                alpha = gates["alpha"][h, t] if preset == "gated_deltanet" else 1.0
-                M = alpha * M @ (eye - eta * torch.outer(key, key)) + eta * vk
+                alpha = 1.0 if preset == "deltanet" else gates["alpha"][h, t]
+                share = 1.0
+                if preset == "comba":  # closed loop: Hu et al. 2025, as their code places alpha
+                    share = torch.sigmoid(layer.feedback[h].detach())
+                    query = query - layer.correction[h].detach() * key
+                M = alpha * M @ (eye - share * eta * torch.outer(key, key)) + eta * vk
             torch.testing.assert_close(out[h, t], M @ query)
         torch.testing.assert_close(state.weights[0][0, h], M)
 
@@ -216,6 +223,7 @@ def test_against_flash_linear_attention(preset):
             "retnet": "retention",
             "deltanet": "delta_rule",
             "gated_deltanet": "gated_delta_rule",
+            "comba": "comba",
         }[preset]
     )
     naive = pytest.importorskip(ops + ".naive")
@@ -239,6 +247,13 @@ def test_against_flash_linear_attention(preset):
     elif preset == "deltanet":
         ours, mine = apply_rule("delta", M, q, k, v, eta, ones, chunk=16)
         theirs, final = naive.delta_rule_recurrence(q * root, k, v, eta, M.mT)
+    elif preset == "comba":
+        ours, mine = apply_rule("delta", M, q, k, v, eta, alpha, 0.7 * alpha * eta, chunk=16)
+        args = [*map(heads_first, (q, k, v, 0.7 * k)), *map(heads_first, (eta, alpha.log()))]
+        theirs, final = naive.naive_recurrent_comba(
+            *args, scale=1.0, initial_state=M.mT, output_final_state=True
+        )
+        theirs = heads_first(theirs)
     else:
         ours, mine = apply_rule("delta", M, q, k, v, eta, alpha, gated=True, chunk=16)
         args = [*map(heads_first, (q, k, v)), *map(heads_first, (alpha.log(), eta))]

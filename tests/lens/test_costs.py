@@ -14,8 +14,11 @@ from torch.utils.flop_counter import FlopCounterMode
 import nestlearn as nl
 from nestlearn.lens.memories import memory_flops
 from nestlearn.nn import native
+from nestlearn.nn.mixers import build_mixer
 from nestlearn.rules import reference
+from nestlearn.rules.diagonal import diagonal_step
 from tests.adaptation.conftest import tiny_model
+from tests.contracts.conftest import make_config
 
 T = 64
 
@@ -130,6 +133,38 @@ def test_flops_of_self_modifying_memories(
     assert chunk_free(make, 32) == inspected(make(16))
 
 
+def test_flops_of_state_spaces() -> None:
+    def make(chunk: int) -> nn.Module:
+        return build_mixer("mamba2", make_config("mamba2", memory_chunk=chunk))
+
+    assert chunk_free(make, 16) == inspected(make(16))
+
+
+def test_flops_of_the_generalised_delta_rule() -> None:
+    """Answer to the removal key, two outer products (not counted there), read."""
+    M, k, v, w, a, b, q = (torch.randn(2, *s) for s in ((8, 8), *((8,),) * 6))
+
+    def step() -> Tensor:
+        return diagonal_step(M, k, v, w, a, b) @ q.unsqueeze(-1)
+
+    layer = build_mixer("rwkv7", make_config("rwkv7"))
+    products = sum(2 * m.weight.numel() for m in layer.modules() if isinstance(m, nn.Linear))
+    assert counted(step) + 2 * 2 * 2 * 64 == inspected(layer) - products
+
+
+def test_flops_of_the_lstm() -> None:
+    """Eager torch counts nothing of its own loop; the products are those of its matrices."""
+    layer = build_mixer("lstm", make_config("lstm"))
+    assert inspected(layer) == 2 * sum(p.numel() for p in layer.parameters() if p.ndim == 2)
+
+
+def test_flops_of_the_self_referential_matrix() -> None:
+    layer = build_mixer("srwm", make_config("srwm"))
+    outer = 2 * layer.initial.numel()  # broadcast there: not counted
+    x = torch.randn(1, T, 16)
+    assert counted(lambda: layer(x)) / T + outer == inspected(layer)
+
+
 def test_flops_of_newton_schulz() -> None:
     weight = nn.Parameter(torch.randn(24, 16))
     weight.grad = torch.randn(24, 16)
@@ -193,6 +228,10 @@ def test_state_of_slow_levels() -> None:
         lambda: nl.nn.NeuralMemory(16, 2, preset="atlas"),
         lambda: nl.nn.NeuralMemory(16, 2, preset="gated_deltanet"),
         lambda: nl.nn.SelfModifyingTitans(16, 2, momentum=True),
+        *(
+            lambda name=name: build_mixer(name, make_config(name))
+            for name in ("comba", "rwkv7", "mamba2", "lstm", "srwm", "titans_mac")
+        ),
         lambda: nl.nn.ContinuumMemory(16, 32, [nl.Level(8), nl.Level(64)], error="context"),
         lambda: nl.nn.ContinuumMemory(16, 32, [nl.Level(8), nl.Level(16)], error="online"),
     ],

@@ -439,3 +439,18 @@ def test_peft_adapters_learn_beside_frozen_weights() -> None:
 def test_mistakes_are_refused(call: Callable[[nn.Module], Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call(mlp())
+
+
+def test_layers_with_mixers_of_their_own() -> None:
+    system = nl.inspect(nl.HopeForCausalLM(nl.HopeConfig.preset("tiny", mixer="samba")))
+    assert system.unknown == ()
+    assert system["memory"].frequency == 1
+    assert system["sliding-window attention"].frequency == INF
+
+
+@pytest.mark.parametrize(
+    "mixer", ["comba", "rwkv7", "lstm", "srwm", "titans_mac", "titans_mag", "titans_mal"]
+)
+def test_baselines_are_known(mixer: str) -> None:
+    system = nl.inspect(nl.HopeForCausalLM(nl.HopeConfig.preset("tiny", mixer=mixer)))
+    assert system.unknown == () and system.flops_per_token

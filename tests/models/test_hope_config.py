@@ -14,7 +14,10 @@ NOMINAL = {"tiny": 0.13e6, "small": 1.0e6, "140m": 140e6, "760m": 760e6, "1.3b":
 
 
 @pytest.mark.parametrize("name", list(NOMINAL))
-@pytest.mark.parametrize("mixer", ["self_modifying", "attention", "gated_deltanet", "ttt_mlp"])
+@pytest.mark.parametrize(
+    "mixer",
+    ["self_modifying", "attention", "gated_deltanet", "ttt_mlp", "rwkv7", "samba", "srwm"],
+)
 def test_presets_have_their_size_with_any_mixer(name, mixer):
     with torch.device("meta"):
         model = HopeForCausalLM(HopeConfig.preset(name, mixer=mixer))
@@ -39,6 +42,10 @@ def test_preset_overrides_keep_the_proportions():
         ({"hiden_size": 3}, "hidden_size"),
         ({"temperature": 0.5}, "temperature"),
         ({"mixer": "atention"}, "attention"),
+        ({"mixer": []}, "empty list"),
+        ({"mixer": ["mamba2", "samba"]}, "pattern of layers"),
+        ({"mixer": "sambaa"}, "did you mean 'samba'"),
+        ({"mixer": ["mamba2", "titans"], "sliding_window": 8}, "belongs to 'attention'"),
         ({"hidden_size": 30}, "num_attention_heads"),
         ({"cms_periods": []}, "cms_periods"),
         ({"cms_periods": [4, 1]}, "fastest"),
@@ -84,3 +91,17 @@ def test_a_key_from_another_version_is_refused(tmp_path):
     file.write_text(json.dumps({**json.loads(file.read_text()), "memory_depht": 3}))
     with pytest.raises(ValueError, match="memory_depth"):
         HopeConfig.from_pretrained(tmp_path)
+
+
+def test_layers_take_turns(tmp_path):
+    config = HopeConfig.preset("small", mixer="samba", num_hidden_layers=3)
+    assert config.layer_mixers == ["mamba2", "attention", "mamba2"]
+    assert config.sliding_window == 1_024
+    model = HopeForCausalLM(config)
+    kinds = [type(block.mixer).__name__ for block in model.model.blocks]
+    assert kinds == ["Mamba2", "CausalSelfAttention", "Mamba2"]
+    assert model.model.blocks[1].mixer.window == 1_024
+    config = HopeConfig.preset("small", mixer=("titans", "attention"), sliding_window=8)
+    config.save_pretrained(tmp_path)
+    loaded = AutoConfig.from_pretrained(tmp_path)
+    assert loaded.mixer == ["titans", "attention"] and loaded.sliding_window == 8

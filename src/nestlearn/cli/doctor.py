@@ -63,6 +63,17 @@ def examine(compile_too: bool = True) -> dict[str, Any]:
     }
 
 
+OTHER_MIXERS = {
+    "rwkv7": ("chunked", "generalised delta rule, all chunks in batched products"),
+    "mamba2": ("chunked", "decayed Hebbian memory, all chunks in batched products"),
+    "lstm": ("sequential", "torch's loop over tokens"),
+    "srwm": ("sequential", "a matrix that rewrites itself, token by token"),
+    "titans_mac": ("chunked", "attention and a memory written by gradients, segment by segment"),
+    "titans_mag": ("chunked", "torch's fused attention beside a memory written by gradients"),
+    "titans_mal": ("chunked", "torch's fused attention after a memory written by gradients"),
+}
+
+
 def mixer_path(name: str) -> dict[str, str]:
     """Which implementation a mixer runs on this machine, and why."""
     paths = {path.name: path for path in available_paths()}
@@ -85,6 +96,9 @@ def mixer_path(name: str) -> dict[str, str]:
             "why": f"all memories of a chunk in batched products {where}; with memory_chunk=1 and "
             "projection_chunk=1 it is the exact recurrence, token by token",
         }
+    if name in OTHER_MIXERS:
+        path, why = OTHER_MIXERS[name]
+        return {"path": path, "why": f"{why}, {where}"}
     spec = PRESETS[name]
     if not spec.linear:
         what = "a matrix" if spec.depth == 1 else f"a {spec.depth}-layer memory"
@@ -92,13 +106,14 @@ def mixer_path(name: str) -> dict[str, str]:
             "path": "chunked",
             "why": f"{what} written by gradients, one batched write per chunk, {where}",
         }
-    if spec.rule == "delta" and spec.gated_decay and paths["fla"].available:
+    fla = spec.rule == "delta" and spec.gated_decay and not spec.closed_loop
+    if fla and paths["fla"].available:
         return {
             "path": "fla",
             "why": "gated delta rule in bf16 or fp16 on CUDA; chunked in fp32 and elsewhere",
         }
     why = f"linear memory, all chunks in batched products {where}"
-    if spec.rule == "delta" and spec.gated_decay:
+    if fla:
         why += f"; not fla: {paths['fla'].reason}"
     return {"path": "chunked", "why": why}
 

@@ -43,7 +43,10 @@ class Train:
     preset: str = "small"
     """Size: tiny, small, 140m, 760m, 1.3b. Decides sequence length, batch and learning rate too."""
     mixer: str = "self_modifying"
-    """Sequence layer: self_modifying (Hope), attention, or a baseline such as gated_deltanet."""
+    """Sequence layer: self_modifying (Hope), attention, or a baseline: linear_attention, retnet,
+    deltanet, gated_deltanet, comba, rwkv7, mamba2, samba, lstm, srwm, ttt_linear, ttt_mlp, dla,
+    atlas, moneta, yaad, memora, titans, titans_mac, titans_mag, titans_mal. Several, with commas
+    between them: the layers take turns."""
     steps: int = 1000
     """Optimizer steps."""
     batch_size: int | None = None
@@ -87,7 +90,8 @@ class Train:
     def run(self) -> int:
         """Train; returns the exit status: 0, or 130 if interrupted (after saving)."""
         config = self._config()
-        settings = {"mixer": self.mixer, **_pairs("--set", self.set)}
+        mixer = self.mixer.split(",") if "," in self.mixer else self.mixer
+        settings = {"mixer": mixer, **_pairs("--set", self.set)}
 
         import transformers
 
@@ -175,7 +179,8 @@ class Train:
         if isinstance(asked, int) and asked < len(tokenizer):
             raise ValueError(f"vocab_size {asked} is smaller than the tokenizer's {len(tokenizer)}")
         hope: HopeConfig = HopeConfig.preset(self.preset, **{**given, **settings})
-        if hope.mixer == "attention" and config.seq_len > hope.max_position_embeddings:
+        unbounded = "attention" in hope.layer_mixers and hope.sliding_window is None
+        if unbounded and config.seq_len > hope.max_position_embeddings:
             raise ValueError(
                 f"seq_len {config.seq_len} exceeds max_position_embeddings="
                 f"{hope.max_position_embeddings}; set it with --set max_position_embeddings=N"

@@ -1,6 +1,6 @@
 """The lens: which levels a model and its optimizer have, what each costs, what passes between."""
 
-from nestlearn.lens import associative, blocks, loops, memories  # noqa: F401  (they register their recognisers)
+from nestlearn.lens import associative, baselines, blocks, loops, memories  # noqa: F401  (they register their recognisers)
 from nestlearn.lens.adapted import AdaptedSystem
 from nestlearn.lens.blocks import attention_box, plain
 from nestlearn.lens.findings import (

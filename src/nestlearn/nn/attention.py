@@ -99,6 +99,7 @@ class CausalSelfAttention(nn.Module):
         max_position_embeddings: positions the model is meant for; reading further without a window
             gives a warning (once), as rotations were never seen in training.
         window: attend to this many latest tokens only (Eq. 63), with state of that size; None: all.
+        persistent: learned tokens without a position that every query sees besides (Titans).
 
     Shapes: ``forward(x (B, T, D), state, mask (B, T)) -> (y (B, T, D), AttentionState)``;
     ``mask`` is True at real tokens, padding only left or right of them; padded outputs are zero.
@@ -121,12 +122,15 @@ class CausalSelfAttention(nn.Module):
         rope_theta: float = 10_000.0,
         max_position_embeddings: int | None = None,
         window: int | None = None,
+        persistent: int = 0,
     ):
         super().__init__()
         if heads < 1 or dim % heads or (dim // heads) % 2:
             raise ValueError(f"dim {dim} must be heads {heads} times an even head size")
         if window is not None and window < 1:
             raise ValueError(f"window must be at least 1 token or None, got {window}")
+        if persistent < 0:
+            raise ValueError(f"persistent must be >= 0, got {persistent}")
         if rope_theta <= 0:
             raise ValueError(f"rope_theta must be positive, got {rope_theta}")
         self.dim, self.heads, self.head_dim = dim, heads, dim // heads
@@ -134,6 +138,7 @@ class CausalSelfAttention(nn.Module):
         self.max_position_embeddings = max_position_embeddings
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.out = nn.Linear(dim, dim, bias=False)
+        self.persistent = nn.Parameter(torch.randn(persistent, dim)) if persistent else None
         self._warned = False
 
     def init_state(
@@ -170,19 +175,35 @@ class CausalSelfAttention(nn.Module):
         new = self.qkv(x).view(batch, length, 3, self.heads, self.head_dim).permute(2, 0, 3, 1, 4)
         ticks = self._token_positions(start, length, mask, x.device)
         rotation = self._rotation(ticks, x.dtype)
-        q, k, v = _rotate(new[0], rotation), _rotate(new[1], rotation), new[2]
+        q, k, v = rotate_pairs(new[0], rotation), rotate_pairs(new[1], rotation), new[2]
         if state is not None and state.slots:
             k = torch.cat([state.keys.to(k.dtype), k], 2)
             v = torch.cat([state.values.to(v.dtype), v], 2)
         allowed = self._allowed(state, length, mask, x.device)
-        causal = allowed is None and length > 1
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, is_causal=causal)
+        y = self._attend(q, k, v, allowed)
         y = self.out(y.transpose(1, 2).reshape(batch, length, self.dim))
         if mask is not None:
             y = y * mask[..., None].to(y.dtype)
             k, v = self._align(k, v, state, mask)
         limit = None if self.window is None else self.window - 1
         return y, AttentionState(k, v, position).trim(limit)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None) -> Tensor:
+        if self.persistent is None:
+            causal = allowed is None and q.shape[2] > 1
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, is_causal=causal)
+        count = self.persistent.shape[0]
+        fixed = F.linear(self.persistent.to(q.dtype), self.qkv.weight[self.dim :])
+        fixed = fixed.view(1, count, 2, self.heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        k, v = (
+            torch.cat([t.expand(q.shape[0], -1, -1, -1), new], 2)
+            for t, new in zip(fixed, (k, v), strict=True)
+        )
+        if allowed is None and q.shape[2] > 1:
+            allowed = q.new_ones(q.shape[2], q.shape[2], dtype=torch.bool).tril()[None, None]
+        if allowed is not None:
+            allowed = F.pad(allowed, (count, 0), value=True)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
 
     def _check_range(self, position: tuple[int, ...]) -> None:
         limit = self.max_position_embeddings
@@ -254,7 +275,7 @@ class CausalSelfAttention(nn.Module):
         )
 
 
-def _rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+def rotate_pairs(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
     """Rotate the pairs (x_i, x_{i + d/2}) by their angles."""
     cos, sin = rotation
     a, b = x.chunk(2, -1)

@@ -8,7 +8,7 @@ comparison is one flag. Layers are imported when they are built.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
@@ -18,6 +18,7 @@ NEURAL_MEMORY_PRESETS = (
     "retnet",
     "deltanet",
     "gated_deltanet",
+    "comba",
     "ttt_linear",
     "ttt_mlp",
     "titans",
@@ -81,17 +82,98 @@ def _neural_memory(preset: str) -> Callable[[Any], nn.Module]:
     return build
 
 
+def _rwkv7(config: Any) -> nn.Module:
+    from nestlearn.nn.rwkv7 import RWKV7
+
+    return RWKV7(config.hidden_size, config.num_attention_heads, chunk=config.memory_chunk)
+
+
+def _mamba2(config: Any) -> nn.Module:
+    from nestlearn.nn.mamba2 import Mamba2
+
+    return Mamba2(
+        config.hidden_size,
+        config.num_attention_heads,
+        chunk=config.memory_chunk,
+        conv_size=config.conv_size,
+    )
+
+
+def _lstm(config: Any) -> nn.Module:
+    from nestlearn.nn.lstm import LSTM
+
+    return LSTM(config.hidden_size)
+
+
+def _srwm(config: Any) -> nn.Module:
+    from nestlearn.nn.self_referential import SelfReferentialMatrix
+
+    return SelfReferentialMatrix(config.hidden_size, config.num_attention_heads)
+
+
+def _titans(wiring: str) -> Callable[[Any], nn.Module]:
+    def build(config: Any) -> nn.Module:
+        from nestlearn.nn.titans import TitansGate, TitansLayer
+        from nestlearn.nn.titans_context import TitansContext
+
+        settings = {
+            "chunk": config.memory_chunk,
+            "conv_size": config.conv_size,
+            "rope_theta": config.rope_theta,
+        }
+        dim, heads = config.hidden_size, config.num_attention_heads
+        if wiring == "context":
+            return TitansContext(dim, heads, **settings)
+        kind = TitansGate if wiring == "gate" else TitansLayer
+        # A window is what makes the memory carry the rest.
+        window = config.sliding_window or max(1, config.max_position_embeddings // 2)
+        return kind(dim, heads, window=window, **settings)
+
+    return build
+
+
 MIXERS: dict[str, Callable[[Any], nn.Module]] = {
     "self_modifying": _self_modifying,
     "attention": _attention,
     **{name: _neural_memory(name) for name in NEURAL_MEMORY_PRESETS},
+    "rwkv7": _rwkv7,
+    "mamba2": _mamba2,
+    "lstm": _lstm,
+    "srwm": _srwm,
+    "titans_mac": _titans("context"),
+    "titans_mag": _titans("gate"),
+    "titans_mal": _titans("layer"),
 }
+WINDOWED = ("attention", "titans_mag", "titans_mal")
+"""Mixers that read ``sliding_window``."""
+
+PATTERNS: dict[str, tuple[str, ...]] = {"samba": ("mamba2", "attention")}
+"""Names of patterns that layers take turns in. Samba (Ren et al. 2024, arXiv 2406.07522): a
+selective state space, then sliding-window attention."""
+
+
+def layer_mixers(mixer: str | Sequence[str], layers: int) -> list[str]:
+    """The mixer of every layer: a name, a pattern's name, or a list that layers take turns in.
+
+    Raises:
+        ValueError: an unknown name, or an empty list.
+
+    Example:
+        >>> layer_mixers("samba", 3)
+        ['mamba2', 'attention', 'mamba2']
+    """
+    cycle = PATTERNS.get(mixer, (mixer,)) if isinstance(mixer, str) else tuple(mixer)
+    if not cycle:
+        raise ValueError("mixer must be a name or a list of names, got an empty list")
+    for name in cycle:
+        check_mixer(name)
+    return [cycle[layer % len(cycle)] for layer in range(layers)]
 
 
 def default_chunk(name: str) -> int:
     """Tokens per write that the literature (or SPEC §5) uses for a mixer."""
     if name not in NEURAL_MEMORY_PRESETS:
-        return 64
+        return {"rwkv7": 32}.get(name, 64)
     from nestlearn.nn.presets import get_spec
 
     return get_spec(name).chunk
@@ -101,9 +183,12 @@ def check_mixer(name: str) -> None:
     """Raise a ``ValueError`` that lists the mixers (and the nearest) if ``name`` is none."""
     if name in MIXERS:
         return
-    near = difflib.get_close_matches(str(name), MIXERS, n=1)
+    if name in PATTERNS:
+        raise ValueError(f"{name!r} is a pattern of layers; in a list, name its mixers instead")
+    known = [*MIXERS, *PATTERNS]
+    near = difflib.get_close_matches(str(name), known, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"unknown mixer {name!r}; choose one of {', '.join(MIXERS)}{hint}")
+    raise ValueError(f"unknown mixer {name!r}; choose one of {', '.join(known)}{hint}")
 
 
 def build_mixer(name: str, config: Any) -> nn.Module:

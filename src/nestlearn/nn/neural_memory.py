@@ -23,6 +23,7 @@ from nestlearn.rules.decay import wide
 from nestlearn.rules.dispatch import apply_rule
 
 SHORTEST_HORIZON, LONGEST_HORIZON = 64.0, 1024.0
+FEEDBACK, CORRECTION = 1.0, 0.02  # Comba: logit of b, and d, before training
 
 
 @dataclasses.dataclass
@@ -62,8 +63,8 @@ class NeuralMemory(nn.Module):
     Args:
         dim: width D of the layer.
         heads: memories per layer; must divide ``dim``.
-        preset: "linear_attention", "retnet", "deltanet", "gated_deltanet", "ttt_linear", "ttt_mlp",
-            "titans", "dla", "atlas", "moneta", "yaad", "memora", or a `MemorySpec`.
+        preset: "linear_attention", "retnet", "deltanet", "gated_deltanet", "comba", "ttt_linear",
+            "ttt_mlp", "titans", "dla", "atlas", "moneta", "yaad", "memora", or a `MemorySpec`.
         checkpoint_chunks: > 0: recompute activations in the backward pass, in groups of so many
             chunks (memories written by gradients only).
         **overrides: fields of `MemorySpec` to change, e.g. ``chunk=16``.
@@ -107,6 +108,8 @@ class NeuralMemory(nn.Module):
             if spec.feature == "polynomial"
             else None
         )
+        self.feedback = nn.Parameter(torch.empty(heads)) if spec.closed_loop else None
+        self.correction = nn.Parameter(torch.empty(heads)) if spec.closed_loop else None
         width = max(1, round(spec.expansion * self.head_dim))
         shapes = weight_shapes(self.key_dim, self.head_dim, spec.depth, width)
         self.initial = nn.ParameterList([nn.Parameter(torch.empty(heads, *s)) for s in shapes])
@@ -131,6 +134,9 @@ class NeuralMemory(nn.Module):
             if self.gate_bias is not None:
                 self.gate_bias.copy_(torch.stack([start[name] for name in spec.gates]))
             self.gain.fill_(1.0)
+            if self.feedback is not None and self.correction is not None:
+                self.feedback.fill_(FEEDBACK)
+                self.correction.fill_(CORRECTION)
             if self.feature_coefficients is not None:
                 self.feature_coefficients[0].fill_(1.0)
                 self.feature_coefficients[1].fill_(0.5)
@@ -222,6 +228,8 @@ class NeuralMemory(nn.Module):
         if not spec.linear:
             return self._scan((query, key, value, *gates.values()), state)
         memory = state.weights[0]
+        if self.correction is not None:
+            query = query - self.correction.to(query.dtype)[:, None, None] * key
         if state.frozen:
             return query @ memory.mT, state
         ones = query.new_ones(query.shape[:-1])
@@ -230,9 +238,12 @@ class NeuralMemory(nn.Module):
         if spec.retention == "fixed":
             head = torch.arange(self.heads, device=q.device, dtype=query.dtype)
             alpha = (1 - torch.exp2(-5 - head))[:, None] * ones
+        decay = None
+        if self.feedback is not None:
+            decay = alpha * eta * torch.sigmoid(self.feedback.to(eta.dtype))[:, None]
         out, memory = apply_rule(
-            spec.rule, memory, query, key, value, eta, alpha, gated=spec.gated_decay,
-            chunk=spec.chunk,
+            spec.rule, memory, query, key, value, eta, alpha, decay,
+            gated=spec.gated_decay and decay is None, chunk=spec.chunk,
         )  # fmt: skip
         position = tuple(p + q.shape[1] for p in state.position)
         return out, dataclasses.replace(state, weights=(memory,), position=position)

@@ -48,6 +48,9 @@ class MemorySpec:
         retention: "none" (alpha = 1), "fixed" (``1 - 2^{-5-h}`` for head h), "gate" (one alpha per
             head and token), "kl" (gate on the logarithm of simplex weights: KL retention).
         gated_decay: retention multiplies the whole delta update, ``alpha M (I - eta k k^T)``.
+        closed_loop: Comba's feedback: the state is corrected by the share b of what was written,
+            ``alpha M (I - b eta k k^T)``, and the query by the key, ``q - d k``; b in (0, 1) and d
+            are learned per head.
         rate: "one" (eta = 1) or "gate" (one eta per head and token).
         eta_max: largest inner learning rate.
         eta_start: inner learning rate of an untrained layer.
@@ -75,6 +78,7 @@ class MemorySpec:
     threshold: float = 0.25
     retention: str = "gate"
     gated_decay: bool = False
+    closed_loop: bool = False
     rate: str = "gate"
     eta_max: float = 1.0
     eta_start: float = 0.1
@@ -144,6 +148,10 @@ class MemorySpec:
                 "gated_decay belongs to the rules 'delta' and 'oja'",
             ),
             (
+                self.closed_loop and not (self.rule == "delta" and self.gated_decay),
+                "closed_loop belongs to the rule 'delta' with gated_decay=True",
+            ),
+            (
                 self.rate == "one" and not self.linear,
                 "rate='one' (eta = 1) belongs to the linear rules; gradient writes need a gate",
             ),
@@ -183,6 +191,8 @@ PRESETS: dict[str, MemorySpec] = {
     "deltanet": MemorySpec(rule="delta", retention="none", eta_start=0.5, **_RAW),
     # alpha M (I - eta k k^T) + eta v k^T
     "gated_deltanet": MemorySpec(rule="delta", gated_decay=True, eta_start=0.5, **_RAW),
+    # alpha M (I - b eta k k^T) + eta v k^T, read with q - d k (Hu et al. 2025, arXiv 2506.02475)
+    "comba": MemorySpec(rule="delta", gated_decay=True, closed_loop=True, eta_start=0.5, **_RAW),
     # W - eta grad 1/2 ||W k - v||^2, gradients at the start of mini-batches of 16
     "ttt_linear": MemorySpec(retention="none", chunk=16),
     "ttt_mlp": MemorySpec(retention="none", depth=2, expansion=4.0, activation="gelu", chunk=16),

@@ -67,9 +67,9 @@ def linear_sequence(
     decay = eta if decay_eta is None else decay_eta
     # Padding with eta = 0 and alpha = 1 writes nothing.
     M = M.to(dtype)
-    q, k, v = (_chunks(x.to(dtype), chunk, 0.0) for x in (Q, K, V))
-    step, decay = (_chunks(x.to(dtype), chunk, 0.0) for x in (eta, decay))
-    log_gamma = log_cumulative(_chunks(alpha.to(dtype), chunk, 1.0))
+    q, k, v = (chunked(x.to(dtype), chunk, 0.0) for x in (Q, K, V))
+    step, decay = (chunked(x.to(dtype), chunk, 0.0) for x in (eta, decay))
+    log_gamma = log_cumulative(chunked(alpha.to(dtype), chunk, 1.0))
 
     mix = decay_matrix(log_gamma)
     gamma, tail = log_gamma.exp(), mix[..., -1, :]
@@ -89,7 +89,7 @@ def linear_sequence(
     kept = scale_rows(tail, key)
     eye = torch.eye(key.shape[-1], dtype=dtype, device=key.device)
     transition = gamma[..., -1, None, None] * eye - carry.mT @ kept
-    start, memory = _states(M.mT if swap else M, transition, fresh.mT @ kept)
+    start, memory = run_states(M.mT if swap else M, transition, fresh.mT @ kept)
     if swap:
         u = fresh - carry @ start.mT
         out = scale_rows(gamma, q) @ start + ((q @ u.mT) * mix) @ v
@@ -100,7 +100,7 @@ def linear_sequence(
     return _tokens(out, length).to(out_dtype), memory.to(memory_dtype)
 
 
-def _chunks(x: Tensor, chunk: int, fill: float) -> Tensor:
+def chunked(x: Tensor, chunk: int, fill: float) -> Tensor:
     """``(B, H, T, ...) -> (B, H, N, C, ...)``, padded at the end with ``fill``."""
     short = -x.shape[2] % chunk
     if short:
@@ -112,7 +112,7 @@ def _tokens(x: Tensor, length: int) -> Tensor:
     return x.flatten(2, 3)[:, :, :length]
 
 
-def _states(M: Tensor, transition: Tensor, added: Tensor) -> tuple[Tensor, Tensor]:
+def run_states(M: Tensor, transition: Tensor, added: Tensor) -> tuple[Tensor, Tensor]:
     """``M_{n+1} = M_n A_n + B_n``: the memory before every chunk, and after the last."""
     batch, heads, count = transition.shape[:3]
     shape = M.shape

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from nestlearn.memory.structures import ACTIVATIONS
-from nestlearn.nn.mixers import build_mixer, check_mixer, default_chunk
+from nestlearn.nn.mixers import WINDOWED, build_mixer, default_chunk, layer_mixers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,25 +73,22 @@ _YES_NO = (
     "use_cache",
 )
 
-# Fields that only one mixer reads.
-_OWNED = {
-    "self_modifying": (
-        "memory_depth",
-        "memory_width",
-        "memory_objective",
-        "memory_readout",
-        "memory_rule",
-        "memory_momentum",
-        "memory_weight_decay",
-        "memory_retention",
-        "memory_half_lives",
-        "memory_targets",
-        "memory_truncate",
-        "memory_adaptive",
-        "eta_max",
-    ),
-    "attention": ("sliding_window",),
-}
+# Fields that only the self-modifying mixer reads.
+_SELF_MODIFYING = (
+    "memory_depth",
+    "memory_width",
+    "memory_objective",
+    "memory_readout",
+    "memory_rule",
+    "memory_momentum",
+    "memory_weight_decay",
+    "memory_retention",
+    "memory_half_lives",
+    "memory_targets",
+    "memory_truncate",
+    "memory_adaptive",
+    "eta_max",
+)
 
 
 class HopeConfig(PreTrainedConfig):
@@ -102,8 +99,9 @@ class HopeConfig(PreTrainedConfig):
         intermediate_size: hidden width of the continuum memory (CMS), over all its levels; None:
             four times ``hidden_size``.
         max_position_embeddings: context the model is meant for; only attention depends on it.
-        mixer: ``"self_modifying"`` (Hope), ``"attention"`` (Hope-Attention) or a baseline's name
-            (see ``nestlearn.nn.mixers.MIXERS``).
+        mixer: ``"self_modifying"`` (Hope), ``"attention"`` (Hope-Attention), a baseline's name (see
+            ``nestlearn.nn.mixers.MIXERS``), or a list of names that the layers take turns in;
+            ``"samba"`` is ``["mamba2", "attention"]`` with a window.
         memory_depth, memory_width: layers of each memory; hidden width per head (None: head size).
         memory_chunk: tokens between two writes of the memory; None: what is usual for the mixer
             (64, for TTT 16). projection_chunk: the same for the memories that generate keys,
@@ -117,7 +115,8 @@ class HopeConfig(PreTrainedConfig):
         memory_truncate: let no training gradient pass a chunk's boundary.
         memory_adaptive: which projections are memories, of ``"k", "v", "q", "eta", "alpha"``.
         eta_max: largest inner learning rate; conv_size: window of the causal convolution.
-        sliding_window: attention sees this many latest tokens; None: all.
+        sliding_window: attention sees this many latest tokens; None: all, but half of
+            ``max_position_embeddings`` in ``"samba"``, ``"titans_mag"`` and ``"titans_mal"``.
         cms_periods: update period of each CMS level in optimizer steps, fastest first; ``[1]`` is a
             Transformer's MLP. cms_kind: ``"sequential"``, ``"nested"`` or ``"independent"``.
         hidden_act, rms_norm_eps, rope_theta, tie_word_embeddings, initializer_range: as usual.
@@ -140,7 +139,7 @@ class HopeConfig(PreTrainedConfig):
     num_attention_heads: int = 12
     intermediate_size: int | None = None
     max_position_embeddings: int = 4_096
-    mixer: str = "self_modifying"
+    mixer: str | list[str] | tuple[str, ...] = "self_modifying"
     memory_depth: int = 2
     memory_width: int | None = None
     memory_chunk: int | None = None
@@ -174,9 +173,14 @@ class HopeConfig(PreTrainedConfig):
         self._check_keys(kwargs)
         if self.intermediate_size is None:
             self.intermediate_size = 4 * self.hidden_size if _whole(self.hidden_size) else 1
-        if self.memory_chunk is None and isinstance(self.mixer, str):
-            check_mixer(self.mixer)
-            self.memory_chunk = default_chunk(self.mixer)
+        if not isinstance(self.mixer, str):
+            self.mixer = list(self.mixer)
+        cycle = layer_mixers(self.mixer, len(self.mixer))
+        if self.memory_chunk is None:
+            self.memory_chunk = min(default_chunk(name) for name in cycle)
+        if self.mixer == "samba" and self.sliding_window is None:
+            # The published ratio: 2,048 of 4,096.
+            self.sliding_window = max(1, self.max_position_embeddings // 2)
         self.memory_adaptive = list(self.memory_adaptive)
         self.memory_half_lives = list(self.memory_half_lives)
         self.cms_periods = list(self.cms_periods)
@@ -231,6 +235,11 @@ class HopeConfig(PreTrainedConfig):
         config.intermediate_size = _matching_width(rest / config.num_hidden_layers, config)
         return config
 
+    @property
+    def layer_mixers(self) -> list[str]:
+        """The mixer of every layer, bottom to top."""
+        return layer_mixers(self.mixer, self.num_hidden_layers)
+
     @staticmethod
     def presets() -> tuple[str, ...]:
         """Names of all presets."""
@@ -246,7 +255,6 @@ class HopeConfig(PreTrainedConfig):
             raise ValueError(f"HopeConfig has no field {key!r}; {hint}")
 
     def _check_values(self) -> None:
-        check_mixer(self.mixer)
         for field in _WHOLE:
             _require(_whole(getattr(self, field)), field, getattr(self, field), "an integer >= 1")
         for field in ("memory_width", "sliding_window"):
@@ -311,15 +319,18 @@ class HopeConfig(PreTrainedConfig):
 
     def _check_ownership(self) -> None:
         """Fields of one mixer must not be set, and then ignored, for another."""
-        for owner, names in _OWNED.items():
-            for field in names if owner != self.mixer else ():
+        used = set(self.layer_mixers)
+        owners = {field: ("self_modifying",) for field in _SELF_MODIFYING}
+        for field, names in {**owners, "sliding_window": WINDOWED}.items():
+            if not used & set(names):
                 value, default = getattr(self, field), getattr(HopeConfig, field)
                 default = list(default) if isinstance(default, tuple) else default
                 _require(
                     value == default,
                     field,
                     value,
-                    f"left alone with mixer {self.mixer!r}: it belongs to {owner!r}",
+                    f"left alone with mixer {self.mixer!r}: it belongs to "
+                    f"{', '.join(map(repr, names))}",
                 )
 
 
@@ -346,8 +357,11 @@ def _matching_width(per_layer: float, config: HopeConfig) -> int:
     return hidden
 
 
-def _mixer_parameters(config: HopeConfig) -> int:
-    return _count_mixer(config.mixer, config.to_json_string(use_diff=False))
+def _mixer_parameters(config: HopeConfig) -> float:
+    """Of a layer, on average over layers: all have the same CMS width."""
+    settings = config.to_json_string(use_diff=False)
+    names = config.layer_mixers
+    return sum(_count_mixer(name, settings) for name in names) / len(names)
 
 
 @functools.lru_cache(maxsize=64)

@@ -3,8 +3,8 @@
     h = x + Mixer(norm x)
     y = h + CMS(norm h)
 
-With ``mixer="self_modifying"`` this is Hope, with ``"attention"`` Hope-Attention, and with a
-NeuralMemory preset one of the baselines, all in the same shell.
+With ``mixer="self_modifying"`` this is Hope, with ``"attention"`` Hope-Attention, and with another
+mixer one of the baselines, all in the same shell. Layers may differ in their mixer (Samba).
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ class HopeBlock(nn.Module):
     gradient_checkpointing = False
     _gradient_checkpointing_func: Callable[..., Any]
 
-    def __init__(self, config: HopeConfig):
+    def __init__(self, config: HopeConfig, layer: int = 0):
         super().__init__()
         self.mixer_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.mixer = build_mixer(config.mixer, config)
+        self.mixer = build_mixer(config.layer_mixers[layer], config)
         self.cms_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.cms = ContinuumMemory(
             config.hidden_size,
@@ -170,7 +170,9 @@ class HopeModel(HopePreTrainedModel):
     def __init__(self, config: HopeConfig):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(HopeBlock(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(
+            HopeBlock(config, layer) for layer in range(config.num_hidden_layers)
+        )
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_init()
 
