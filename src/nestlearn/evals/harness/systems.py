@@ -15,7 +15,7 @@ class System:
     Attributes:
         label: its name in the paper.
         fields: what it sets in `HopeConfig`.
-        attention: whether its memory grows with the sequence.
+        attention: whether any of its layers attends to tokens.
     """
 
     label: str
@@ -29,6 +29,9 @@ SYSTEMS: dict[str, System] = {
     "retnet": System("RetNet", {"mixer": "retnet"}),
     "deltanet": System("DeltaNet", {"mixer": "deltanet"}),
     "gated_deltanet": System("Gated DeltaNet", {"mixer": "gated_deltanet"}),
+    "rwkv7": System("RWKV-7", {"mixer": "rwkv7"}),
+    "comba": System("Comba", {"mixer": "comba"}),
+    "samba": System("Samba", {"mixer": "samba"}, attention=True),
     "ttt_linear": System("TTT-Linear", {"mixer": "ttt_linear"}),
     "ttt_mlp": System("TTT-MLP", {"mixer": "ttt_mlp"}),
     "moneta": System("Moneta", {"mixer": "moneta"}),
@@ -37,6 +40,11 @@ SYSTEMS: dict[str, System] = {
     "dla": System("DLA", {"mixer": "dla"}),
     "atlas": System("Atlas", {"mixer": "atlas"}),
     "titans": System("Titans (LMM)", {"mixer": "titans"}),
+    "titans_mac": System("Titans (MAC)", {"mixer": "titans_mac"}, attention=True),
+    "titans_mag": System("Titans (MAG)", {"mixer": "titans_mag"}, attention=True),
+    "titans_mal": System("Titans (MAL)", {"mixer": "titans_mal"}, attention=True),
+    "lstm": System("LSTM", {"mixer": "lstm"}),
+    "srwm": System("SRWM", {"mixer": "srwm"}),
     "hope_attention": System(
         "Hope-Attention", {"mixer": "attention", "cms_periods": (1, 4)}, attention=True
     ),
