@@ -82,11 +82,11 @@ def check_system(name: str) -> System:
     return SYSTEMS[name]
 
 
-def build(name: str, size: Size, vocab_size: int, length: int, **fields: Any) -> Any:
+def build(name: str | System, size: Size, vocab_size: int, length: int, **fields: Any) -> Any:
     """A model with random weights; all systems of one size have equally many parameters.
 
     Args:
-        name: of the system.
+        name: of the system, or one that is not in `SYSTEMS`.
         size: what it shares with the others.
         vocab_size: tokens. length: of the longest sequence.
         fields: further fields of `HopeConfig`, before those of the system.
@@ -101,7 +101,7 @@ def build(name: str, size: Size, vocab_size: int, length: int, **fields: Any) ->
     """
     from nestlearn.models.hope import HopeConfig, HopeForCausalLM
 
-    system = check_system(name)
+    system = name if isinstance(name, System) else check_system(name)
     parameters = size.parameters
     if parameters is None:
         # Attention has four square matrices, an MLP of fourfold width eight; and two norms.

@@ -80,7 +80,8 @@ class Task(ABC):
         vocab_size: tokens there are.
         length: longest sequence of any split.
         splits: names of the test splits.
-        metric: ``"strings"`` or ``"tokens"``, which share the literature reports.
+        metric: what the literature reports: ``"strings"`` or ``"tokens"``, a share, or ``"loss"``,
+            the less the better.
     """
 
     name: str

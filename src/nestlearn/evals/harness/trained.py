@@ -15,7 +15,7 @@ import torch
 from nestlearn.evals.harness.experiment import Experiment, Request, Scale
 from nestlearn.evals.harness.fitting import fit
 from nestlearn.evals.harness.results import Results
-from nestlearn.evals.harness.systems import SYSTEMS, Size, build
+from nestlearn.evals.harness.systems import SYSTEMS, Size, System, build
 from nestlearn.evals.harness.task import TRAIN, VALIDATION, Batch, Task, score
 
 TUNING_SEED = 1000
@@ -54,7 +54,12 @@ class Trained(Experiment):
 
     A setting is chosen by the task's metric on the validation split, then by the loss there. Where
     the best learning rate is the smallest or largest of the grid, the table says so.
+
+    Attributes:
+        compared: the systems there are, by name.
     """
+
+    compared: Mapping[str, System] = SYSTEMS
 
     plans: Mapping[Scale, Plan]
     own_fields: Mapping[str, Mapping[str, Any]] = {}
@@ -84,7 +89,7 @@ class Trained(Experiment):
         tasks = request.pick("tasks", tuple(self.tasks()))
         systems = plan.systems
         if request.systems is not None:
-            systems = request.pick("systems", tuple(SYSTEMS))
+            systems = request.pick("systems", tuple(self.compared))
         seeds = range(plan.seeds if request.seeds is None else request.seeds)
         grid = [{"lr": lr, "weight_decay": w} for lr in plan.lrs for w in plan.weight_decays]
         cells: dict[str, dict[str, Any]] = {}
@@ -111,18 +116,12 @@ class Trained(Experiment):
     def measure(self, cell: dict[str, Any]) -> dict[str, Any]:
         """Train one model, and score it on every split."""
         plan, task = self.plan, self.tasks()[cell["task"]]
-        seed, device = cell["seed"], cell["device"]
-        torch.manual_seed(seed)
+        device = cell["device"]
+        torch.manual_seed(cell["seed"])
         fields = {**plan.fields, **self.own_fields.get(cell["system"], {})}
-        model = build(cell["system"], plan.size, task.vocab_size, task.length, **fields).to(device)
-        generator = torch.Generator().manual_seed(seed)
-        found = fit(
-            model,
-            training(task, plan, generator, device),
-            cell["lr"],
-            plan.steps,
-            weight_decay=cell["weight_decay"],
-        )
+        system = self.compared[cell["system"]]
+        model = build(system, plan.size, task.vocab_size, task.length, **fields).to(device)
+        found = self.train(model, task, cell)
         # Validation and test examples are the same for all systems and seeds.
         splits = (VALIDATION,) if cell["tuning"] else (VALIDATION, *task.splits)
         row: dict[str, Any] = {k: v for k, v in cell.items() if k != "device"}
@@ -130,6 +129,8 @@ class Trained(Experiment):
         for i, split in enumerate(splits):
             batch = task.draw(split, plan.examples, torch.Generator().manual_seed(10_000 + i))
             row[split] = dataclasses.asdict(score(model, to(batch, device)))
+        if not cell["tuning"]:
+            row |= self.examine(model, cell)
         losses = found["loss"]
         return row | {
             "parameters": sum({id(p): p.numel() for p in model.parameters()}.values()),
@@ -138,10 +139,22 @@ class Trained(Experiment):
             "test_seconds": time.perf_counter() - began,
         }
 
+    def train(self, model: Any, task: Task, cell: dict[str, Any]) -> dict[str, Any]:
+        """Train a model in place; ``loss`` per step and ``seconds``."""
+        generator = torch.Generator().manual_seed(cell["seed"])
+        data = training(task, self.plan, generator, cell["device"])
+        return fit(model, data, cell["lr"], self.plan.steps, weight_decay=cell["weight_decay"])
+
+    def examine(self, model: Any, cell: dict[str, Any]) -> dict[str, Any]:
+        """What else the row of a final run says about the trained model."""
+        return {}
+
     def summary(self, row: dict[str, Any]) -> str:
         """Scores of the splits."""
         metric = self.tasks()[row["task"]].metric
         found = {k: v[metric] for k, v in row.items() if isinstance(v, dict) and metric in v}
+        if metric == "loss":
+            return ", ".join(f"{k} {v:.3f} nats" for k, v in found.items())
         return ", ".join(f"{k} {100 * v:.1f}" for k, v in found.items())
 
     # -- reading results ----------------------------------------------------------------------
@@ -156,7 +169,8 @@ class Trained(Experiment):
         ]
         if not rows:
             return None
-        best = max(rows, key=lambda r: (r[VALIDATION][metric], -r[VALIDATION]["loss"]))
+        sign = -1 if metric == "loss" else 1
+        best = max(rows, key=lambda r: (sign * r[VALIDATION][metric], -r[VALIDATION]["loss"]))
         return {"lr": best["lr"], "weight_decay": best["weight_decay"]}
 
     def finals(self, results: Results, task: str, system: str) -> list[dict[str, Any]]:
@@ -169,14 +183,15 @@ class Trained(Experiment):
         return rows
 
     def mean(self, results: Results, task: str, system: str, split: str) -> float | None:
-        """Mean over seeds of the task's metric on a split, in percent."""
+        """Mean over seeds of the task's metric on a split, in percent (a loss as it is)."""
         metric = self.tasks()[task].metric
         rows = self.finals(results, task, system)
-        return 100 * statistics.fmean(r[split][metric] for r in rows) if rows else None
+        scale = 1 if metric == "loss" else 100
+        return scale * statistics.fmean(r[split][metric] for r in rows) if rows else None
 
     def systems(self, results: Results) -> list[str]:
         """Those with final rows, in the order of the paper's tables."""
-        return [s for s in SYSTEMS if results.rows(system=s, tuning=False)]
+        return [s for s in self.compared if results.rows(system=s, tuning=False)]
 
 
 def training(
