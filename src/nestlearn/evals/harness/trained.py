@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from torch import nn
 
 from nestlearn.evals.harness.experiment import Experiment, Request, Scale
 from nestlearn.evals.harness.fitting import fit
@@ -69,6 +70,16 @@ class Trained(Experiment):
     def tasks(self) -> dict[str, Task]:
         """The tasks of this scale, by name."""
 
+    def plan_of(self, task: str) -> Plan:
+        """The plan of one task, where it differs from the others' in size, steps or examples."""
+        return self.plan
+
+    def model(self, system: str, task: Task, plan: Plan) -> nn.Module:
+        """A new model of a system: ``model(inputs, use_cache=False).logits`` are its answers."""
+        fields = {**plan.fields, **self.own_fields.get(system, {})}
+        made: nn.Module = build(system, plan.size, task.vocab_size, task.length, **fields)
+        return made
+
     def settings(self) -> dict[str, Any]:
         """Everything but which systems and how many seeds, which may grow."""
         plan = dataclasses.asdict(self.plan)
@@ -110,11 +121,10 @@ class Trained(Experiment):
 
     def measure(self, cell: dict[str, Any]) -> dict[str, Any]:
         """Train one model, and score it on every split."""
-        plan, task = self.plan, self.tasks()[cell["task"]]
+        plan, task = self.plan_of(cell["task"]), self.tasks()[cell["task"]]
         seed, device = cell["seed"], cell["device"]
         torch.manual_seed(seed)
-        fields = {**plan.fields, **self.own_fields.get(cell["system"], {})}
-        model = build(cell["system"], plan.size, task.vocab_size, task.length, **fields).to(device)
+        model = self.model(cell["system"], task, plan).to(device)
         generator = torch.Generator().manual_seed(seed)
         found = fit(
             model,
@@ -142,7 +152,8 @@ class Trained(Experiment):
         """Scores of the splits."""
         metric = self.tasks()[row["task"]].metric
         found = {k: v[metric] for k, v in row.items() if isinstance(v, dict) and metric in v}
-        return ", ".join(f"{k} {100 * v:.1f}" for k, v in found.items())
+        shown = (lambda v: f"{v:.3g}") if metric == "loss" else (lambda v: f"{100 * v:.1f}")
+        return ", ".join(f"{k} {shown(v)}" for k, v in found.items())
 
     # -- reading results ----------------------------------------------------------------------
 
@@ -156,7 +167,8 @@ class Trained(Experiment):
         ]
         if not rows:
             return None
-        best = max(rows, key=lambda r: (r[VALIDATION][metric], -r[VALIDATION]["loss"]))
+        share = 0 if metric == "loss" else 1
+        best = max(rows, key=lambda r: (share * r[VALIDATION][metric], -r[VALIDATION]["loss"]))
         return {"lr": best["lr"], "weight_decay": best["weight_decay"]}
 
     def finals(self, results: Results, task: str, system: str) -> list[dict[str, Any]]:
@@ -169,10 +181,12 @@ class Trained(Experiment):
         return rows
 
     def mean(self, results: Results, task: str, system: str, split: str) -> float | None:
-        """Mean over seeds of the task's metric on a split, in percent."""
+        """Mean over seeds of the task's metric on a split; shares in percent."""
         metric = self.tasks()[task].metric
         rows = self.finals(results, task, system)
-        return 100 * statistics.fmean(r[split][metric] for r in rows) if rows else None
+        if not rows:
+            return None
+        return (1 if metric == "loss" else 100) * statistics.fmean(r[split][metric] for r in rows)
 
     def systems(self, results: Results) -> list[str]:
         """Those with final rows, in the order of the paper's tables."""
@@ -192,17 +206,17 @@ def training(
             while len(order) < plan.batch:
                 order = torch.cat([order, torch.randperm(len(pool), generator=generator)])
             rows, order = order[: plan.batch], order[plan.batch :]
-            batch = Batch(pool.inputs[rows], pool.targets[rows], pool.asked[rows])
+            batch = pool.rows(rows)
         yield functools.partial(_loss, to(batch, device))
 
 
 def _loss(batch: Batch, model: Any) -> torch.Tensor:
-    return batch.loss(model(input_ids=batch.inputs, use_cache=False).logits)
+    return batch.loss(model(batch.inputs, use_cache=False).logits)
 
 
 def to(batch: Batch, device: str) -> Batch:
     """The batch on a device."""
-    return Batch(batch.inputs.to(device), batch.targets.to(device), batch.asked.to(device))
+    return batch.each(lambda part: part.to(device))
 
 
 def named(setting: Mapping[str, Any]) -> str:
