@@ -8,7 +8,10 @@ import importlib
 from nestlearn.evals.harness.experiment import Experiment, Scale
 
 EXPERIMENTS: dict[str, str] = {
+    "table4": "nestlearn.evals.mad:MAD",
     "table5": "nestlearn.evals.formal_languages:FormalLanguages",
+    "mqar": "nestlearn.evals.mqar:MQAR",
+    "few_shot": "nestlearn.evals.few_shot:FewShot",
 }
 """Name -> ``module:class``; imported when asked for."""
 

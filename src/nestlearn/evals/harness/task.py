@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -38,10 +40,13 @@ class Batch:
     def __len__(self) -> int:
         return len(self.inputs)
 
-    def rows(self, start: int, stop: int) -> Batch:
+    def each(self, change: Callable[[Tensor], Tensor]) -> Self:
+        """A batch of the same kind with all its tensors changed."""
+        return type(self)(change(self.inputs), change(self.targets), change(self.asked))
+
+    def rows(self, which: slice | Tensor) -> Self:
         """Some of the rows."""
-        part = slice(start, stop)
-        return Batch(self.inputs[part], self.targets[part], self.asked[part])
+        return self.each(lambda part: part[which])
 
     def loss(self, logits: Tensor) -> Tensor:
         """Mean cross-entropy over the positions asked; of sets: binary, mean over the tokens, too.
@@ -100,15 +105,15 @@ def score(model: torch.nn.Module, batch: Batch, rows: int = 32) -> Score:
     """How well a model does on a batch, ``rows`` sequences at a time.
 
     Args:
-        model: ``model(input_ids=..., use_cache=False).logits`` is ``(B, T, V)``.
+        model: ``model(inputs, use_cache=False).logits`` is ``(B, T, V)``.
     """
     was_training = model.training
     model.eval()
     tokens = strings = asked = 0
     loss = 0.0
     for start in range(0, len(batch), rows):
-        part = batch.rows(start, start + rows)
-        logits = model(input_ids=part.inputs, use_cache=False).logits
+        part = batch.rows(slice(start, start + rows))
+        logits = model(part.inputs, use_cache=False).logits
         right, count = part.correct(logits), int(part.asked.sum())
         tokens += int((right & part.asked).sum())
         strings += int(right.all(1).sum())

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from torch import nn
 
 from nestlearn.evals.harness.experiment import Experiment, Request, Scale
 from nestlearn.evals.harness.fitting import fit
@@ -74,6 +75,18 @@ class Trained(Experiment):
     def tasks(self) -> dict[str, Task]:
         """The tasks of this scale, by name."""
 
+    def plan_of(self, task: str) -> Plan:
+        """The plan of one task, where it differs from the others' in size, steps or examples."""
+        return self.plan
+
+    def model(self, system: str, task: Task, plan: Plan) -> nn.Module:
+        """A new model of a system: ``model(inputs, use_cache=False).logits`` are its answers."""
+        fields = {**plan.fields, **self.own_fields.get(system, {})}
+        made: nn.Module = build(
+            self.compared[system], plan.size, task.vocab_size, task.length, **fields
+        )
+        return made
+
     def settings(self) -> dict[str, Any]:
         """Everything but which systems and how many seeds, which may grow."""
         plan = dataclasses.asdict(self.plan)
@@ -115,12 +128,10 @@ class Trained(Experiment):
 
     def measure(self, cell: dict[str, Any]) -> dict[str, Any]:
         """Train one model, and score it on every split."""
-        plan, task = self.plan, self.tasks()[cell["task"]]
+        plan, task = self.plan_of(cell["task"]), self.tasks()[cell["task"]]
         device = cell["device"]
         torch.manual_seed(cell["seed"])
-        fields = {**plan.fields, **self.own_fields.get(cell["system"], {})}
-        system = self.compared[cell["system"]]
-        model = build(system, plan.size, task.vocab_size, task.length, **fields).to(device)
+        model = self.model(cell["system"], task, plan).to(device)
         found = self.train(model, task, cell)
         # Validation and test examples are the same for all systems and seeds.
         splits = (VALIDATION,) if cell["tuning"] else (VALIDATION, *task.splits)
@@ -141,9 +152,9 @@ class Trained(Experiment):
 
     def train(self, model: Any, task: Task, cell: dict[str, Any]) -> dict[str, Any]:
         """Train a model in place; ``loss`` per step and ``seconds``."""
-        generator = torch.Generator().manual_seed(cell["seed"])
-        data = training(task, self.plan, generator, cell["device"])
-        return fit(model, data, cell["lr"], self.plan.steps, weight_decay=cell["weight_decay"])
+        plan, generator = self.plan_of(cell["task"]), torch.Generator().manual_seed(cell["seed"])
+        data = training(task, plan, generator, cell["device"])
+        return fit(model, data, cell["lr"], plan.steps, weight_decay=cell["weight_decay"])
 
     def examine(self, model: Any, cell: dict[str, Any]) -> dict[str, Any]:
         """What else the row of a final run says about the trained model."""
@@ -207,17 +218,17 @@ def training(
             while len(order) < plan.batch:
                 order = torch.cat([order, torch.randperm(len(pool), generator=generator)])
             rows, order = order[: plan.batch], order[plan.batch :]
-            batch = Batch(pool.inputs[rows], pool.targets[rows], pool.asked[rows])
+            batch = pool.rows(rows)
         yield functools.partial(_loss, to(batch, device))
 
 
 def _loss(batch: Batch, model: Any) -> torch.Tensor:
-    return batch.loss(model(input_ids=batch.inputs, use_cache=False).logits)
+    return batch.loss(model(batch.inputs, use_cache=False).logits)
 
 
 def to(batch: Batch, device: str) -> Batch:
     """The batch on a device."""
-    return Batch(batch.inputs.to(device), batch.targets.to(device), batch.asked.to(device))
+    return batch.each(lambda part: part.to(device))
 
 
 def named(setting: Mapping[str, Any]) -> str:
