@@ -9,6 +9,7 @@ from nestlearn.evals.harness.experiment import Experiment, Scale
 
 EXPERIMENTS: dict[str, str] = {
     "table5": "nestlearn.evals.formal_languages:FormalLanguages",
+    "fig8": "nestlearn.evals.translation:Translation",
 }
 """Name -> ``module:class``; imported when asked for."""
 
