@@ -163,8 +163,8 @@ def greedy(
             ids[r, length - len(rows[i]) :] = torch.tensor(rows[i])
             mask[r, length - len(rows[i]) :] = 1
         out = model.generate(
-            ids,
-            attention_mask=mask,
+            ids.to(model.device),
+            attention_mask=mask.to(model.device),
             max_new_tokens=max_new_tokens,
             do_sample=False,
             pad_token_id=pad,

@@ -12,6 +12,7 @@ EXPERIMENTS: dict[str, str] = {
     "table5": "nestlearn.evals.formal_languages:FormalLanguages",
     "mqar": "nestlearn.evals.mqar:MQAR",
     "few_shot": "nestlearn.evals.few_shot:FewShot",
+    "fig8": "nestlearn.evals.translation:Translation",
 }
 """Name -> ``module:class``; imported when asked for."""
 
