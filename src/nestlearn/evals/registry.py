@@ -8,8 +8,14 @@ import importlib
 from nestlearn.evals.harness.experiment import Experiment, Scale
 
 EXPERIMENTS: dict[str, str] = {
+    "fig4": "nestlearn.evals.scripted:Landscape",
+    "section4.3": "nestlearn.evals.scripted:OrthogonalTasks",
     "table5": "nestlearn.evals.formal_languages:FormalLanguages",
+    "fig6": "nestlearn.evals.scripted:ClassIncremental",
     "fig8": "nestlearn.evals.translation:Translation",
+    "fig11": "nestlearn.evals.scripted:EqualSteps",
+    "fig12": "nestlearn.evals.scripted:StepTime",
+    "knowledge": "nestlearn.evals.scripted:Knowledge",
 }
 """Name -> ``module:class``; imported when asked for."""
 
