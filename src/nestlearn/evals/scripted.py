@@ -175,8 +175,8 @@ class ClassIncremental(Scripted):
     script = "class_incremental"
     selector = "--methods"
     claim = (
-        "The paper: Hope (a pre-trained model with levels) is above in-context learning, EWC and InCA on "
-        "CLINC150, Banking77 and DBpedia; it draws the figure and prints no numbers."
+        "The paper: Hope (a pre-trained model with levels) is above in-context learning, EWC and "
+        "InCA on CLINC150, Banking77 and DBpedia (its numbers are not at hand)."
     )
     parts = {
         "clinc150": Part(
@@ -277,8 +277,8 @@ class OrthogonalTasks(Scripted):
     question = "What is forgotten under each optimizer while orthogonal tasks are learned?"
     script = "optimizers_continual"
     claim = (
-        "The paper: plain momentum forgets gradients of tasks that lie in orthogonal directions; a delta rule "
-        "manages its capacity better. It prints no numbers."
+        "The paper: plain momentum forgets gradients of tasks that lie in orthogonal directions; a "
+        "delta rule manages its capacity better (no numbers are at hand)."
     )
     parts = {"digits": Part("optimizers_continual", {"tiny": ()})}
     scales = ("tiny",)
@@ -321,7 +321,7 @@ class StepTime(Scripted):
     question = "How long is an optimizer step on 12.6 M parameters of matrices?"
     script = "optimizers_speed"
     has_seeds = False
-    claim = "The paper compares M3, AdamW, Muon and AdaMuon, and prints no numbers."
+    claim = "The paper compares M3, AdamW, Muon and AdaMuon (its numbers are not at hand)."
     parts = {"times": Part("optimizers_speed", {"tiny": ("--blocks", "2")})}
     scales = ("tiny",)
 
