@@ -79,7 +79,9 @@ class Reproduce:
         from nestlearn.evals.harness.report import print_tables, write_report
         from nestlearn.evals.harness.run import open_results, run
 
-        request = Request(self.systems, self.tasks, self.seeds, _device(self.device), self.model)
+        request = Request(
+            self.systems, self.tasks, self.seeds, _device(self.device), self.model, self.fresh
+        )
         failed = 0
         for item in items:
             path = self.out / self.scale / f"{item.name}.json"

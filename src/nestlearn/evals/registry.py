@@ -10,9 +10,15 @@ from nestlearn.evals.harness.experiment import Experiment, Scale
 EXPERIMENTS: dict[str, str] = {
     "table4": "nestlearn.evals.mad:MAD",
     "table5": "nestlearn.evals.formal_languages:FormalLanguages",
-    "mqar": "nestlearn.evals.mqar:MQAR",
-    "few_shot": "nestlearn.evals.few_shot:FewShot",
+    "fig4": "nestlearn.evals.scripted:Landscape",
+    "fig6": "nestlearn.evals.scripted:ClassIncremental",
     "fig8": "nestlearn.evals.translation:Translation",
+    "fig11": "nestlearn.evals.scripted:EqualSteps",
+    "fig12": "nestlearn.evals.scripted:StepTime",
+    "few_shot": "nestlearn.evals.few_shot:FewShot",
+    "knowledge": "nestlearn.evals.scripted:Knowledge",
+    "mqar": "nestlearn.evals.mqar:MQAR",
+    "section4.3": "nestlearn.evals.scripted:OrthogonalTasks",
 }
 """Name -> ``module:class``; imported when asked for."""
 

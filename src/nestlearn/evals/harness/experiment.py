@@ -41,6 +41,7 @@ class Request:
         seeds: how many.
         device: where models run.
         model: folder, .gguf file or hub id of the pre-trained model, for experiments that need one.
+        fresh: earlier results are dropped, those that an experiment keeps elsewhere, too.
     """
 
     systems: tuple[str, ...] | None = None
@@ -48,6 +49,7 @@ class Request:
     seeds: int | None = None
     device: str = "cpu"
     model: str | None = None
+    fresh: bool = False
 
     def pick(self, kind: str, known: Sequence[str]) -> tuple[str, ...]:
         """The ``"systems"`` or ``"tasks"`` asked for, among ``known``.
