@@ -8,7 +8,11 @@ import importlib
 from nestlearn.evals.harness.experiment import Experiment, Scale
 
 EXPERIMENTS: dict[str, str] = {
+    "table2": "nestlearn.evals.language:Language",
+    "table3": "nestlearn.evals.language:Recall",
     "table5": "nestlearn.evals.formal_languages:FormalLanguages",
+    "table6": "nestlearn.evals.ablation:Ablation",
+    "fig10": "nestlearn.evals.context_use:ContextUse",
 }
 """Name -> ``module:class``; imported when asked for."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import time
@@ -23,6 +24,22 @@ def check_installed() -> None:
         raise ValueError(
             f"standard tasks need lm-eval: pip install 'nestlearn[eval]' ({error})"
         ) from error
+
+
+@functools.cache
+def check_data(tasks: tuple[str, ...], source: Source = "auto") -> None:
+    """Raises:
+    ValueError: lm-eval is not installed, a task is unknown, or its data cannot be had.
+    """
+    check_installed()
+    import datasets
+    from lm_eval.tasks import TaskManager
+
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
+    manager = TaskManager()
+    for name in tasks:
+        load_task(name, source, manager)
 
 
 def measure_tasks(
