@@ -40,6 +40,7 @@ COMMANDS: dict[str, Command] = {
     "inspect": Command(
         "nestlearn.cli.inspect", "Inspect", "the levels of a model, and what they cost"
     ),
+    "eval": Command("nestlearn.cli.eval", "Eval", "measure a model on standard tasks"),
     "reproduce": Command(
         "nestlearn.cli.reproduce", "Reproduce", "the tables and figures of the paper"
     ),

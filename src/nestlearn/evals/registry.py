@@ -8,11 +8,15 @@ import importlib
 from nestlearn.evals.harness.experiment import Experiment, Scale
 
 EXPERIMENTS: dict[str, str] = {
+    "table2": "nestlearn.evals.language:Language",
+    "table3": "nestlearn.evals.language:Recall",
     "table4": "nestlearn.evals.mad:MAD",
     "table5": "nestlearn.evals.formal_languages:FormalLanguages",
+    "table6": "nestlearn.evals.ablation:Ablation",
     "fig4": "nestlearn.evals.scripted:Landscape",
     "fig6": "nestlearn.evals.scripted:ClassIncremental",
     "fig8": "nestlearn.evals.translation:Translation",
+    "fig10": "nestlearn.evals.context_use:ContextUse",
     "fig11": "nestlearn.evals.scripted:EqualSteps",
     "fig12": "nestlearn.evals.scripted:StepTime",
     "few_shot": "nestlearn.evals.few_shot:FewShot",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,19 @@ def print_tables(tables: Sequence[Table]) -> None:
 
 
 def write_report(experiment: Experiment, results: Results) -> list[Path]:
-    """Write plot, Markdown and HTML beside the result file; returns the files written."""
+    """Write plot, Markdown and HTML beside the result file; returns the files written.
+
+    Without matplotlib there is no plot, and a warning says so.
+    """
     path = results.path
     plot = path.with_suffix(".png")
-    drawn = experiment.plot(results, plot)
+    try:
+        drawn = experiment.plot(results, plot)
+    except ImportError as error:
+        if error.name != "matplotlib":
+            raise
+        warnings.warn('no plot: pip install "nestlearn[bench]" brings matplotlib', stacklevel=2)
+        drawn = False
     markdown, page = path.with_suffix(".md"), path.with_suffix(".html")
     picture = plot.name if drawn else None
     markdown.write_text(as_markdown(experiment, results, picture), encoding="utf-8")

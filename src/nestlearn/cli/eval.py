@@ -1,0 +1,141 @@
+"""``nestlearn eval``: any model on standard language-model tasks, through lm-eval."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from nestlearn.cli.pretrained import Dtype
+
+
+@dataclass
+class Eval:
+    """Measure a model on standard tasks: language modelling, common sense, in-context recall.
+
+    Every request starts from the model's initial state. Prompts and metrics are lm-eval's; data
+    sets come from local files where there are any, else from the Hugging Face hub. Results are kept
+    per task: a run that was cut off goes on with the tasks that are missing.
+    """
+
+    model: Annotated[str, tyro.conf.Positional]
+    """Folder of a saved model or of a run of `nestlearn train`, a .gguf file, or a hub id."""
+    tasks: tuple[str, ...] = ("table2",)
+    """Tasks of lm-eval; table2, table3: the paper's; squad: recall on local data."""
+    limit: int | None = None
+    """Examples of a task (default: all)."""
+    shots: int | None = None
+    """Examples in the prompt (default: the task's own number)."""
+    source: Literal["auto", "local", "hub"] = "auto"
+    """Where data sets are taken from; auto: local files where there are any."""
+    data: Path | None = None
+    """Folder of the local data sets (default: NESTLEARN_DATA)."""
+    max_length: int | None = None
+    """Longest context in tokens (default: the model's; none for a state of constant size)."""
+    overflow: Literal["error", "cut"] = "error"
+    """Requests that are longer: refuse, or cut from the left and say so."""
+    batch_tokens: int = 4096
+    """Tokens in one forward pass."""
+    dtype: Dtype = "auto"
+    """Arithmetic and weights: auto, fp32, bf16."""
+    device: str = "auto"
+    """cpu, cuda, or auto."""
+    out: Path | None = None
+    """Result file (default: evaluations/MODEL.json)."""
+    fresh: bool = False
+    """Drop earlier results."""
+
+    def run(self) -> int:
+        """Measure and print; returns the exit status."""
+        from nestlearn.evals.harness.results import Results
+        from nestlearn.evals.lm.measure import check_installed, measure_tasks
+        from nestlearn.evals.lm.tasks import expand, where
+
+        check_installed()
+        for name in ("limit", "batch_tokens", "max_length"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be 1 or more, got {value}")
+        if self.data is not None:
+            if not self.data.is_dir():
+                raise ValueError(f"--data: no folder {self.data}")
+            os.environ["NESTLEARN_DATA"] = str(self.data.resolve())
+        names = expand(self.tasks)
+        for name in names:
+            where(name, self.source)  # data that is missing: before the model is loaded
+        results = Results(
+            self._path(), f"How well does {self.model} do on standard tasks?", self._settings(),
+            fresh=self.fresh,
+        )  # fmt: skip
+        due = [name for name in names if not results.done(name)]
+        if due:
+            model, tokenizer = load_any(self.model, self.dtype, self.device)
+            measured = measure_tasks(
+                model, tokenizer, due, source=self.source, limit=self.limit, shots=self.shots,
+                max_length=self.max_length, overflow=self.overflow, batch_tokens=self.batch_tokens,
+            )  # fmt: skip
+            for task, row in measured:
+                results.add(task, row)
+                print(f"{task}: {_said(row)}", file=sys.stderr, flush=True)
+        self._show(results)
+        print(f"written: {results.path}")
+        return 0
+
+    def _settings(self) -> dict[str, Any]:
+        from importlib.metadata import version
+
+        from nestlearn.evals.lm.tasks import STATE_POLICY
+
+        return {
+            "model": self.model, "limit": self.limit, "shots": self.shots, "dtype": self.dtype,
+            "source": self.source, "max_length": self.max_length, "overflow": self.overflow,
+            "state": STATE_POLICY, "lm_eval": version("lm_eval"),
+        }  # fmt: skip
+
+    def _path(self) -> Path:
+        plain = re.sub(r"[^\w.-]+", "-", self.model).strip("-.")
+        return self.out or Path("evaluations") / f"{plain}.json"
+
+    def _show(self, results: Any) -> None:
+        from nestlearn.evals.harness.results import table
+        from nestlearn.evals.lm.measure import main_metric
+
+        rows = []
+        for row in results.record["rows"]:
+            metric, value = main_metric(row)
+            error = row["errors"].get(metric)
+            rest = ", ".join(f"{k} {v:.4g}" for k, v in row["metrics"].items() if k != metric)
+            rows.append((row["task"], metric, round(value, 2), error and round(100 * error, 2),
+                         rest, row["examples"], row["source"]))  # fmt: skip
+        columns = ("task", "metric", "value", "± s.e.", "other metrics", "examples", "data")
+        table(f"{self.model} (state: {self._settings()['state']})", columns, rows)
+        for row in results.record["rows"]:
+            if row.get("note"):
+                print(f"{row['task']}: {row['note']}")
+
+
+def _said(row: dict[str, Any]) -> str:
+    from nestlearn.evals.lm.measure import main_metric
+
+    metric, value = main_metric(row)
+    return f"{metric} {value:.2f} ({row['examples']} examples, {row['seconds']:.0f} s)"
+
+
+def load_any(name: str, dtype: Dtype = "auto", device: str = "auto") -> tuple[Any, Any]:
+    """Model (in evaluation mode) and tokenizer of a saved folder, the folder of a run of
+    ``nestlearn train`` (its final, best or newest model), a GGUF file or a hub id.
+
+    Raises:
+        ValueError: nothing there, or no causal language model with a tokenizer.
+    """
+    import nestlearn.models.hope  # noqa: F401  (registers the architecture)
+    from nestlearn.cli.generate import model_folder
+    from nestlearn.cli.pretrained import load_pretrained
+
+    path = Path(name).expanduser()
+    return load_pretrained(str(model_folder(path)) if path.is_dir() else name, dtype, device)

@@ -1,0 +1,1 @@
+"""Standard language-model tasks through lm-eval: backend, local data sets, measuring."""
