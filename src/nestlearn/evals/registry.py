@@ -8,6 +8,7 @@ import importlib
 from nestlearn.evals.harness.experiment import Experiment, Scale
 
 EXPERIMENTS: dict[str, str] = {
+    "table1": "nestlearn.evals.needles_trained:NeedlesTrained",
     "table5": "nestlearn.evals.formal_languages:FormalLanguages",
 }
 """Name -> ``module:class``; imported when asked for."""

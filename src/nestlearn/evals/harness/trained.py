@@ -128,8 +128,7 @@ class Trained(Experiment):
         row: dict[str, Any] = {k: v for k, v in cell.items() if k != "device"}
         began = time.perf_counter()
         for i, split in enumerate(splits):
-            batch = task.draw(split, plan.examples, torch.Generator().manual_seed(10_000 + i))
-            row[split] = dataclasses.asdict(score(model, to(batch, device)))
+            row[split] = self.examine(model, task, split, 10_000 + i)
         losses = found["loss"]
         return row | {
             "parameters": sum({id(p): p.numel() for p in model.parameters()}.values()),
@@ -137,6 +136,11 @@ class Trained(Experiment):
             "train_seconds": found["seconds"],
             "test_seconds": time.perf_counter() - began,
         }
+
+    def examine(self, model: Any, task: Task, split: str, seed: int) -> dict[str, Any]:
+        """Scores of a model on a split; the task's metric is among them."""
+        batch = task.draw(split, self.plan.examples, torch.Generator().manual_seed(seed))
+        return dataclasses.asdict(score(model, to(batch, str(model.device))))
 
     def summary(self, row: dict[str, Any]) -> str:
         """Scores of the splits."""
