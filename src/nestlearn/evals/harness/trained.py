@@ -60,6 +60,9 @@ class Trained(Experiment):
     own_fields: Mapping[str, Mapping[str, Any]] = {}
     """System -> fields of `HopeConfig` that it has in this experiment alone."""
 
+    labels: Mapping[str, str] = {name: system.label for name, system in SYSTEMS.items()}
+    """Systems there are, with their names in tables; `make` builds each."""
+
     @property
     def plan(self) -> Plan:
         """Of this scale."""
@@ -84,7 +87,7 @@ class Trained(Experiment):
         tasks = request.pick("tasks", tuple(self.tasks()))
         systems = plan.systems
         if request.systems is not None:
-            systems = request.pick("systems", tuple(SYSTEMS))
+            systems = request.pick("systems", tuple(self.labels))
         seeds = range(plan.seeds if request.seeds is None else request.seeds)
         grid = [{"lr": lr, "weight_decay": w} for lr in plan.lrs for w in plan.weight_decays]
         cells: dict[str, dict[str, Any]] = {}
@@ -113,8 +116,7 @@ class Trained(Experiment):
         plan, task = self.plan, self.tasks()[cell["task"]]
         seed, device = cell["seed"], cell["device"]
         torch.manual_seed(seed)
-        fields = {**plan.fields, **self.own_fields.get(cell["system"], {})}
-        model = build(cell["system"], plan.size, task.vocab_size, task.length, **fields).to(device)
+        model = self.make(cell["system"], task).to(device)
         generator = torch.Generator().manual_seed(seed)
         found = fit(
             model,
@@ -136,6 +138,11 @@ class Trained(Experiment):
             "train_seconds": found["seconds"],
             "test_seconds": time.perf_counter() - began,
         }
+
+    def make(self, system: str, task: Task) -> Any:
+        """A model of a system with random weights."""
+        fields = {**self.plan.fields, **self.own_fields.get(system, {})}
+        return build(system, self.plan.size, task.vocab_size, task.length, **fields)
 
     def examine(self, model: Any, task: Task, split: str, seed: int) -> dict[str, Any]:
         """Scores of a model on a split; the task's metric is among them."""
@@ -180,7 +187,7 @@ class Trained(Experiment):
 
     def systems(self, results: Results) -> list[str]:
         """Those with final rows, in the order of the paper's tables."""
-        return [s for s in SYSTEMS if results.rows(system=s, tuning=False)]
+        return [s for s in self.labels if results.rows(system=s, tuning=False)]
 
 
 def training(
