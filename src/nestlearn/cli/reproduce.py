@@ -36,6 +36,8 @@ class Reproduce:
     """CPU threads of a cell."""
     device: str = "auto"
     """cpu, cuda, or auto."""
+    model: str | None = None
+    """Pre-trained model (folder, .gguf file or Hugging Face id), for items that need one."""
     data: Path | None = None
     """Folder of the data sets, for items that need any (default: NESTLEARN_DATA)."""
     out: Path = Path("reproductions")
@@ -59,6 +61,15 @@ class Reproduce:
             raise ValueError(f"--seeds must be 1 or more, got {self.seeds}")
         names = tuple(EXPERIMENTS) if self.names == ("all",) else self.names
         items = [experiment(name, self.scale) for name in names]  # unknown names: before any work
+        if self.model is None and not self.report:
+            missing = [item.name for item in items if item.needs_model]
+            if missing and self.names != ("all",):
+                raise ValueError(
+                    f"{', '.join(missing)}: a pre-trained model is needed; name it with --model"
+                )
+            if missing:
+                print(f"left out, for want of a pre-trained model (--model): {', '.join(missing)}")
+                items = [item for item in items if not item.needs_model]
         if self.data is not None:
             if not self.data.is_dir():
                 raise ValueError(f"--data: no folder {self.data}")
@@ -68,7 +79,7 @@ class Reproduce:
         from nestlearn.evals.harness.report import print_tables, write_report
         from nestlearn.evals.harness.run import open_results, run
 
-        request = Request(self.systems, self.tasks, self.seeds, _device(self.device))
+        request = Request(self.systems, self.tasks, self.seeds, _device(self.device), self.model)
         failed = 0
         for item in items:
             path = self.out / self.scale / f"{item.name}.json"
@@ -92,7 +103,8 @@ def _list() -> None:
     width = max(map(len, EXPERIMENTS))
     for name in EXPERIMENTS:
         item = experiment(name)
-        print(f"{name:<{width}}  {item.item}: {item.title} [{', '.join(item.scales)}]")
+        needs = " (needs --model)" if item.needs_model else ""
+        print(f"{name:<{width}}  {item.item}: {item.title} [{', '.join(item.scales)}]{needs}")
     print(f"\nsystems: {', '.join(SYSTEMS)}")
     print("\n`nestlearn reproduce NAME --scale tiny` measures one; `all` everything.")
 

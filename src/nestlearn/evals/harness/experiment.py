@@ -40,12 +40,14 @@ class Request:
         systems, tasks: their names.
         seeds: how many.
         device: where models run.
+        model: folder, .gguf file or hub id of the pre-trained model, for experiments that need one.
     """
 
     systems: tuple[str, ...] | None = None
     tasks: tuple[str, ...] | None = None
     seeds: int | None = None
     device: str = "cpu"
+    model: str | None = None
 
     def pick(self, kind: str, known: Sequence[str]) -> tuple[str, ...]:
         """The ``"systems"`` or ``"tasks"`` asked for, among ``known``.
@@ -71,6 +73,7 @@ class Experiment(ABC):
         title: what it is about.
         question: what it answers, one sentence.
         scales: those it has.
+        needs_model: it teaches or asks a pre-trained model; its cells have the entry ``"model"``.
     """
 
     name: str
@@ -78,6 +81,7 @@ class Experiment(ABC):
     title: str
     question: str
     scales: tuple[Scale, ...] = SCALES
+    needs_model: bool = False
 
     def __init__(self, scale: Scale = "tiny") -> None:
         if scale not in self.scales:

@@ -10,19 +10,28 @@ from typing import Any
 
 from nestlearn.evals.harness.experiment import Experiment, Request, Scale
 from nestlearn.evals.harness.parallel import in_parallel
-from nestlearn.evals.harness.results import Results
+from nestlearn.evals.harness.results import Results, read
 
 
 def open_results(
     experiment: Experiment, path: Path, request: Request, threads: int, fresh: bool = False
 ) -> Results:
-    """The result file of an experiment, continued if it is there."""
+    """The result file of an experiment, continued if it is there.
+
+    Results of one pre-trained model are not continued with another; where the request names none,
+    the file can only be read.
+    """
     plan = getattr(experiment, "plan", None)
     seeds = getattr(plan, "seeds", 1) if request.seeds is None else request.seeds
+    settings = {"experiment": experiment.name, "scale": experiment.scale, **experiment.settings()}
+    if experiment.needs_model:
+        settings["model"] = _model_name(request.model)
+        if request.model is None and path.exists():
+            settings["model"] = read(path).get("settings", {}).get("model")
     return Results(
         path,
         experiment.question,
-        {"experiment": experiment.name, "scale": experiment.scale, **experiment.settings()},
+        settings,
         seeds=list(range(seeds)),
         threads=threads,
         fresh=fresh,
@@ -40,7 +49,12 @@ def run(
     """Measure what is missing; returns how many cells failed.
 
     Cells that failed before are tried again once.
+
+    Raises:
+        ValueError: the experiment needs a pre-trained model, and the request names none.
     """
+    if experiment.needs_model and request.model is None:
+        raise ValueError(f"{experiment.name} needs a pre-trained model: name one with --model")
     again = [r["cell"] for r in results.record["rows"] if "error" in r]
     results.record["rows"] = [r for r in results.record["rows"] if "error" not in r]
     if again:
@@ -58,7 +72,9 @@ def run(
             spent = time.perf_counter() - began
             report(f"  {name}: {said} ({len(left)} left of this round, {spent:.0f} s in all)")
 
-        work = {n: (experiment.name, experiment.scale, c) for n, c in cells.items()}
+        # The model's place is no part of a cell: results must not depend on where it lies.
+        more = {"model": request.model} if experiment.needs_model else {}
+        work = {n: (experiment.name, experiment.scale, {**c, **more}) for n, c in cells.items()}
         in_parallel(measure, work, jobs, done, threads)
     return failed
 
@@ -69,4 +85,10 @@ def measure(name: str, scale: Scale, cell: dict[str, Any]) -> dict[str, Any]:
 
     began = time.perf_counter()
     row = experiment(name, scale).measure(cell)
+    row.pop("model", None)
     return {**row, "seconds": time.perf_counter() - began}
+
+
+def _model_name(model: str | None) -> str | None:
+    """Name of a model without the folder it lies in."""
+    return None if model is None else Path(model).name
