@@ -10,6 +10,7 @@ from nestlearn.evals.harness.experiment import Experiment, Scale
 EXPERIMENTS: dict[str, str] = {
     "table1": "nestlearn.evals.needles_trained:NeedlesTrained",
     "table5": "nestlearn.evals.formal_languages:FormalLanguages",
+    "fig7": "nestlearn.evals.levels_qa:LevelsQA",
     "fig9": "nestlearn.evals.babilong_trained:BabiLong",
 }
 """Name -> ``module:class``; imported when asked for."""
