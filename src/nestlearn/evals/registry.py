@@ -8,6 +8,7 @@ import importlib
 from nestlearn.evals.harness.experiment import Experiment, Scale
 
 EXPERIMENTS: dict[str, str] = {
+    "table1": "nestlearn.evals.needles_trained:NeedlesTrained",
     "table2": "nestlearn.evals.language:Language",
     "table3": "nestlearn.evals.language:Recall",
     "table4": "nestlearn.evals.mad:MAD",
@@ -15,7 +16,9 @@ EXPERIMENTS: dict[str, str] = {
     "table6": "nestlearn.evals.ablation:Ablation",
     "fig4": "nestlearn.evals.scripted:Landscape",
     "fig6": "nestlearn.evals.scripted:ClassIncremental",
+    "fig7": "nestlearn.evals.levels_qa:LevelsQA",
     "fig8": "nestlearn.evals.translation:Translation",
+    "fig9": "nestlearn.evals.babilong_trained:BabiLong",
     "fig10": "nestlearn.evals.context_use:ContextUse",
     "fig11": "nestlearn.evals.scripted:EqualSteps",
     "fig12": "nestlearn.evals.scripted:StepTime",

@@ -56,8 +56,15 @@ class ByteTokenizer(PreTrainedTokenizerFast):
         return bytes(i for i in map(int, ids) if i < 256)
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+def train_bpe(
+    texts: Iterable[str], vocab_size: int, digits: bool = False
+) -> PreTrainedTokenizerFast:
     """A byte-level BPE of ``vocab_size`` tokens in all, learned from texts; lossless.
+
+    Args:
+        texts: what its merges are learned from.
+        vocab_size: bytes, merges and special tokens.
+        digits: every digit is a token of its own.
 
     Raises:
         ValueError: ``vocab_size`` below 259 (256 bytes + 3 special tokens).
@@ -65,7 +72,9 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     if vocab_size < 259:
         raise ValueError(f"a BPE needs a vocabulary of at least 259 tokens, got {vocab_size}")
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    single = pre_tokenizers.Digits(individual_digits=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([single, words]) if digits else words
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,

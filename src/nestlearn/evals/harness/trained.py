@@ -138,8 +138,7 @@ class Trained(Experiment):
         row: dict[str, Any] = {k: v for k, v in cell.items() if k != "device"}
         began = time.perf_counter()
         for i, split in enumerate(splits):
-            batch = task.draw(split, plan.examples, torch.Generator().manual_seed(10_000 + i))
-            row[split] = dataclasses.asdict(score(model, to(batch, device)))
+            row[split] = self.scores(model, task, plan, split, 10_000 + i)
         if not cell["tuning"]:
             row |= self.examine(model, cell)
         losses = found["loss"]
@@ -155,6 +154,12 @@ class Trained(Experiment):
         plan, generator = self.plan_of(cell["task"]), torch.Generator().manual_seed(cell["seed"])
         data = training(task, plan, generator, cell["device"])
         return fit(model, data, cell["lr"], plan.steps, weight_decay=cell["weight_decay"])
+
+    def scores(self, model: Any, task: Task, plan: Plan, split: str, seed: int) -> dict[str, Any]:
+        """Scores of a model on a split; the task's metric is among them."""
+        batch = task.draw(split, plan.examples, torch.Generator().manual_seed(seed))
+        device = next(model.parameters()).device
+        return dataclasses.asdict(score(model, to(batch, str(device))))
 
     def examine(self, model: Any, cell: dict[str, Any]) -> dict[str, Any]:
         """What else the row of a final run says about the trained model."""
