@@ -160,7 +160,7 @@ class SelectiveCopying(Task):
         tokens = torch.randint(self.blank, (count, self.tokens), generator=generator)
         places = torch.randint(self.tokens, (count, blanks), generator=generator)
         own = torch.arange(self.tokens).expand(count, -1)
-        order = torch.cat([2 * places, 2 * own + 1], 1).argsort(1, stable=True)
+        order = torch.cat([2 * places, 2 * own + 1], 1).argsort(dim=1, stable=True)
         empty = torch.full((count, blanks), self.blank)
         mixed = torch.cat([empty, tokens], 1).gather(1, order)
         sign = torch.full((count, 1), self.copy)

@@ -133,12 +133,11 @@ class Trained(Experiment):
             plan.steps,
             weight_decay=cell["weight_decay"],
         )
-        # Validation and test examples are the same for all systems and seeds.
         splits = (VALIDATION,) if cell["tuning"] else (VALIDATION, *task.splits)
         row: dict[str, Any] = {k: v for k, v in cell.items() if k != "device"}
         began = time.perf_counter()
-        for i, split in enumerate(splits):
-            batch = task.draw(split, plan.examples, torch.Generator().manual_seed(10_000 + i))
+        for split in splits:
+            batch = task.draw(split, plan.examples, test_generator(task, split))
             row[split] = dataclasses.asdict(score(model, to(batch, device)))
         losses = found["loss"]
         return row | {
@@ -191,6 +190,12 @@ class Trained(Experiment):
     def systems(self, results: Results) -> list[str]:
         """Those with final rows, in the order of the paper's tables."""
         return [s for s in SYSTEMS if results.rows(system=s, tuning=False)]
+
+
+def test_generator(task: Task, split: str) -> torch.Generator:
+    """Validation and test examples are the same for all systems and seeds."""
+    place = (VALIDATION, *task.splits).index(split)
+    return torch.Generator().manual_seed(10_000 + place)
 
 
 def training(
