@@ -198,7 +198,7 @@ def test_tasks_of_all_scales(scale: Any) -> None:
 
 
 def test_a_system_learns_to_learn(monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = Plan(Size(32, 1, 2), 200, 32, (1e-2,), (0.0,), 1, ("gated_deltanet",), 300)
+    plan = Plan(Size(32, 1, 2), 120, 32, (1e-2,), (0.0,), 1, ("gated_deltanet",), 300)
     monkeypatch.setattr(FewShot, "plans", {"tiny": plan})
     task = Functions("linear", 1, (1, 8))
     monkeypatch.setattr(FewShot, "episodes", lambda self: {"linear": task})

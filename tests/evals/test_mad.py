@@ -162,8 +162,9 @@ def test_memorisation_has_one_map_everywhere() -> None:
 
 @pytest.fixture
 def toy(monkeypatch: pytest.MonkeyPatch) -> MAD:
-    plan = Plan(Size(16, 1, 2), 2, 40, (1e-2,), (0.0,), 1, ("transformer", "hope"), 6, pool=8)
+    plan = Plan(Size(16, 1, 2), 2, 4, (1e-2,), (0.0,), 1, ("transformer", "hope"), 6, pool=8)
     monkeypatch.setattr(MAD, "plans", {"tiny": plan})
+    monkeypatch.setattr(MAD, "memorised", {"pool": 4, "batch": 4, "steps": 2})
     return MAD("tiny")
 
 
@@ -188,16 +189,19 @@ def test_every_cell_is_measured_and_shown(toy: MAD, tmp_path: Any) -> None:
 
 def test_memorisation_has_its_own_examples_and_steps() -> None:
     paper = MAD("paper")
-    assert paper.plan_of("compression") is paper.plan
+    assert paper.plan_of("compression") == paper.plan
     own = paper.plan_of("memorisation")
-    assert (own.pool, own.steps) == (256, 400)
     assert own == dataclasses.replace(paper.plan, pool=256, steps=400)
-    assert (paper.plan.steps * paper.plan.batch) == 200 * 12_800
+    assert MAD("tiny").plan_of("memorisation").batch == 128
+    # Both are 200 passes.
+    assert own.steps * own.batch == 200 * 256
+    assert paper.plan.steps * paper.plan.batch == 200 * 12_800
 
 
 def test_a_system_learns_the_fixed_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = Plan(Size(32, 1, 2), 1, 64, (1e-2,), (0.0,), 1, ("transformer",), 16, pool=48)
+    plan = Plan(Size(32, 1, 2), 1, 64, (1e-2,), (0.0,), 1, ("transformer",), 16)
     monkeypatch.setattr(MAD, "plans", {"tiny": plan})
+    monkeypatch.setattr(MAD, "memorised", {"pool": 48, "batch": 64, "steps": 120})
     cell = {"task": "memorisation", "system": "transformer", "seed": 0, "device": "cpu"}
     row = MAD("tiny").measure({**cell, "lr": 1e-2, "weight_decay": 0.0, "tuning": False})
     assert row["test"]["tokens"] > 0.9

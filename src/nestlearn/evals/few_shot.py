@@ -34,7 +34,7 @@ class FewShot(Trained):
     question = "How well do systems know an unseen task after k examples, and how near is the best?"
     plans = {
         "tiny": Plan(
-            Size(64, 2, 2), steps=1_000, batch=16, lrs=(3e-3,), weight_decays=(0.1,), seeds=1,
+            Size(64, 2, 2), steps=2_000, batch=16, lrs=(3e-3,), weight_decays=(0.1,), seeds=1,
             systems=("transformer", "gated_deltanet", "titans", "hope"), examples=1_000,
         ),
         "small": Plan(
