@@ -45,7 +45,7 @@ def test_the_published_parameters_hold_and_draws_repeat(name: str) -> None:
     for split in ("train", "test"):
         batch, again = task.draw(split, 20, seeded()), task.draw(split, 20, seeded())
         assert batch.inputs.shape == batch.targets.shape == (20, task.length)
-        assert 0 <= batch.inputs.min() and batch.inputs.max() < task.vocab_size
+        assert batch.inputs.min() >= 0 and batch.inputs.max() < task.vocab_size
         assert batch.targets.max() < task.vocab_size and batch.asked.any(1).all()
         assert torch.equal(batch.inputs, again.inputs) and torch.equal(batch.targets, again.targets)
         assert not torch.equal(batch.inputs, task.draw(split, 20, seeded(1)).inputs)
