@@ -124,7 +124,7 @@ class MQAR(Trained):
     question = "How many pairs of a key and a value do systems recall, at which width?"
     plans = {
         "tiny": Plan(
-            Size(64, 2, 2), steps=500, batch=16, lrs=(3e-3,), weight_decays=(0.1,), seeds=1,
+            Size(64, 2, 2), steps=3_000, batch=16, lrs=(3e-3,), weight_decays=(0.1,), seeds=1,
             systems=("transformer", "deltanet", "gated_deltanet", "titans", "hope"), examples=100,
         ),
         "small": Plan(
@@ -145,7 +145,7 @@ class MQAR(Trained):
     def tasks(self) -> dict[str, Task]:
         """One for every width; the sequences are the same."""
         if self.scale == "tiny":
-            task = AssociativeRecall(beyond=(128,), vocab_size=512)
+            task = AssociativeRecall(beyond=(96,), vocab_size=256)
         else:
             task = AssociativeRecall(pairs=(4, 8, 16, 32, 64, 128), beyond=(256,))
         return {f"width {width}": task for width in self.widths[self.scale]}

@@ -133,12 +133,11 @@ class Trained(Experiment):
         torch.manual_seed(cell["seed"])
         model = self.model(cell["system"], task, plan).to(device)
         found = self.train(model, task, cell)
-        # Validation and test examples are the same for all systems and seeds.
         splits = (VALIDATION,) if cell["tuning"] else (VALIDATION, *task.splits)
         row: dict[str, Any] = {k: v for k, v in cell.items() if k != "device"}
         began = time.perf_counter()
-        for i, split in enumerate(splits):
-            row[split] = self.scores(model, task, plan, split, 10_000 + i)
+        for split in splits:
+            row[split] = self.scores(model, task, plan, split, test_seed(task, split))
         if not cell["tuning"]:
             row |= self.examine(model, cell)
         losses = found["loss"]
@@ -208,6 +207,11 @@ class Trained(Experiment):
     def systems(self, results: Results) -> list[str]:
         """Those with final rows, in the order of the paper's tables."""
         return [s for s in self.compared if results.rows(system=s, tuning=False)]
+
+
+def test_seed(task: Task, split: str) -> int:
+    """Validation and test examples are the same for all systems and seeds."""
+    return 10_000 + (VALIDATION, *task.splits).index(split)
 
 
 def training(
