@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from nestlearn.evals.episodes import FAMILIES, NOISE, Episodes, Functions, Prototypes
