@@ -17,7 +17,7 @@ from nestlearn.evals.harness.heads import PointReader
 from nestlearn.evals.harness.results import Results
 from nestlearn.evals.harness.systems import SYSTEMS, Size
 from nestlearn.evals.harness.task import Task
-from nestlearn.evals.harness.trained import Plan, Trained, test_generator
+from nestlearn.evals.harness.trained import Plan, Trained, generator_of
 
 SHOTS = (1, 2, 4, 8, 16, 32, 64)
 """Examples of a function."""
@@ -83,7 +83,7 @@ class FewShot(Trained):
         task = self.episodes()[cell["task"]]
         found: dict[str, dict[str, float]] = {}
         for split in task.splits:
-            x, y = task.episodes(split, self.plan.examples, test_generator(task, split))
+            x, y = task.episodes(split, self.plan.examples, generator_of(task, split))
             for name, said in task.references(x, y).items():
                 if task.metric == "loss":
                     value = float(((said - y[:, -1]) ** 2).mean())

@@ -137,7 +137,7 @@ class Trained(Experiment):
         row: dict[str, Any] = {k: v for k, v in cell.items() if k != "device"}
         began = time.perf_counter()
         for split in splits:
-            batch = task.draw(split, plan.examples, test_generator(task, split))
+            batch = task.draw(split, plan.examples, generator_of(task, split))
             row[split] = dataclasses.asdict(score(model, to(batch, device)))
         losses = found["loss"]
         return row | {
@@ -192,7 +192,7 @@ class Trained(Experiment):
         return [s for s in SYSTEMS if results.rows(system=s, tuning=False)]
 
 
-def test_generator(task: Task, split: str) -> torch.Generator:
+def generator_of(task: Task, split: str) -> torch.Generator:
     """Validation and test examples are the same for all systems and seeds."""
     place = (VALIDATION, *task.splits).index(split)
     return torch.Generator().manual_seed(10_000 + place)
