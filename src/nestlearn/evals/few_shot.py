@@ -18,7 +18,7 @@ from nestlearn.evals.harness.heads import PointReader
 from nestlearn.evals.harness.results import Results
 from nestlearn.evals.harness.systems import SYSTEMS, Size
 from nestlearn.evals.harness.task import Task
-from nestlearn.evals.harness.trained import Plan, Trained, test_seed
+from nestlearn.evals.harness.trained import Plan, Trained, seed_of
 
 SHOTS = (1, 2, 4, 8, 16, 32, 64)
 """Examples of a function."""
@@ -84,7 +84,7 @@ class FewShot(Trained):
         task = self.episodes()[cell["task"]]
         found: dict[str, dict[str, float]] = {}
         for split in task.splits:
-            generator = torch.Generator().manual_seed(test_seed(task, split))
+            generator = torch.Generator().manual_seed(seed_of(task, split))
             x, y = task.episodes(split, self.plan.examples, generator)
             for name, said in task.references(x, y).items():
                 if task.metric == "loss":

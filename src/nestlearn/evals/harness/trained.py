@@ -137,7 +137,7 @@ class Trained(Experiment):
         row: dict[str, Any] = {k: v for k, v in cell.items() if k != "device"}
         began = time.perf_counter()
         for split in splits:
-            row[split] = self.scores(model, task, plan, split, test_seed(task, split))
+            row[split] = self.scores(model, task, plan, split, seed_of(task, split))
         if not cell["tuning"]:
             row |= self.examine(model, cell)
         losses = found["loss"]
@@ -209,7 +209,7 @@ class Trained(Experiment):
         return [s for s in self.compared if results.rows(system=s, tuning=False)]
 
 
-def test_seed(task: Task, split: str) -> int:
+def seed_of(task: Task, split: str) -> int:
     """Validation and test examples are the same for all systems and seeds."""
     return 10_000 + (VALIDATION, *task.splits).index(split)
 
