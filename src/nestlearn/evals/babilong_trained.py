@@ -47,7 +47,7 @@ class BabiLong(Trained):
     """Accuracy against length, far beyond the lengths of training."""
 
     name = "fig9"
-    item = "Fig. 9"
+    item = "Figure 9"
     title = "BABILong"
     question = "Which systems still know scattered facts at the end of a text of a million tokens?"
     labels = {
