@@ -257,7 +257,7 @@ def test_training_asks_for_the_answer_at_the_end(toy: BabiLong) -> None:
             assert f" {answer}".startswith(decode([int(target[at])]))
             assert (target[at + 1 :] == IGNORE).all()
         sizes.add(len(batch))
-    assert sizes == {4, 2}
+    assert sizes == {4, 2}  # as many tokens at every length
 
 
 def test_the_experiment_runs_and_reports(toy: BabiLong, tmp_path: Any) -> None:

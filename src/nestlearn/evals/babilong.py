@@ -27,6 +27,8 @@ from nestlearn.train.tokenizers import train_bpe
 
 PIECE = 4096
 """Tokens of a stream that are read at once; a multiple of every segment."""
+SHORT = 64
+"""About how many tokens a story has that nothing surrounds."""
 FOUND = 8
 """Sentences that the search hands over."""
 
@@ -195,7 +197,7 @@ class Scattered(Task):
         length = self.trained[-1]
         if split == TRAIN:
             length = int(rng.choice(self.trained))
-            count *= self.trained[-1] // max(length, min(filter(None, self.trained)))
+            count *= max(1, self.trained[-1] // max(length, SHORT))
         part = split if split in (TRAIN, VALIDATION) else "test"
         samples = self.samples(part, count, length, rng)
         columns = max(len(s.tokens) for s in samples)

@@ -38,7 +38,7 @@ class BabiPlan(Plan):
     tasks: tuple[str, ...] = ("qa1",)
     trained: tuple[int, ...] = (0, 256, 512, 1024)
     tested: tuple[int, ...] = (0, 1024, 4096, 16_384, 65_536, 262_144, 1_048_576)
-    budget: int = 8 * 2**20
+    budget: int = 16 * 2**20
     segment: int = 256
     vocab_size: int = 1024
     characters: int = 4_000_000
@@ -48,7 +48,7 @@ class BabiLong(Trained):
     """Accuracy against length, far beyond the lengths of training."""
 
     name = "fig9"
-    item = "Fig. 9"
+    item = "Figure 9"
     title = "BABILong"
     question = "Which systems still know scattered facts at the end of a text of a million tokens?"
     compared = {
@@ -62,7 +62,7 @@ class BabiLong(Trained):
     }
     plans: Mapping[Scale, BabiPlan] = {
         "tiny": BabiPlan(
-            Size(64, 2, 2), steps=800, batch=4, lrs=(3e-3,), weight_decays=(0.0,), seeds=1,
+            Size(64, 2, 2), steps=1_600, batch=4, lrs=(3e-3,), weight_decays=(0.0,), seeds=1,
             systems=("transformer", "armt", "titans", "hope"), examples=100,
         ),
         "small": BabiPlan(

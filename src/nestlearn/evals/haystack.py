@@ -72,7 +72,7 @@ class Haystack:
         >>> hay = Haystack(tokenizer, ["One.", "Two."])
         >>> tokens, places = hay.window(12, np.random.default_rng(0))
         >>> tokenizer.decode(tokens), places.tolist()
-        ('. One. Two.', [1, 6, 11])
+        ('e. Two. One.', [2, 7, 12])
     """
 
     def __init__(self, tokenizer: Any, sentences: Iterable[str], joint: str = " ") -> None:

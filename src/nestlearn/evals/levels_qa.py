@@ -76,7 +76,7 @@ class LevelsQA(Experiment):
     """Tasks x systems; every document is learned from nothing."""
 
     name = "fig7"
-    item = "Fig. 7"
+    item = "Figure 7"
     title = "levels beside in-context question answering"
     question = "Do more levels, or slower ones, help a model to answer about what it reads?"
     needs_model = True

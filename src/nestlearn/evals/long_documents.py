@@ -221,7 +221,9 @@ def score(
 @torch.no_grad()
 def _letter(model: Any, tokenizer: Any, prompt: str, letters: str) -> str:
     """The letter that is most likely to come next."""
-    ids = torch.tensor([tokenizer(prompt).input_ids], device=model.device)
+    first = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    row = first + tokenizer(prompt, add_special_tokens=False).input_ids
+    ids = torch.tensor([row], device=model.device)
     logits = model(input_ids=ids, use_cache=False).logits[0, -1]
     firsts = [ids[0] for ids in encode(tokenizer, [f"({name}" for name in letters])]
     if len(set(firsts)) < len(letters):  # the bracket is a token of its own

@@ -119,7 +119,7 @@ class Generator:
     Example:
         >>> example = Generator(tokenizer).draw("niah_single_1", 1_000, np.random.default_rng(0))
         >>> len(example.prompt), example.answers
-        (1000, ('1947231',))
+        (1000, ('6732655',))
     """
 
     def __init__(self, tokenizer: Any, text: Haystack | None = None) -> None:

@@ -70,7 +70,7 @@ def phi(x: Tensor, degree: int = 3) -> Tensor:
 
     Example:
         >>> phi(torch.tensor([1.0, -2.0]), degree=1)
-        tensor([0., 0., 0., 2.])
+        tensor([2., 0., 0., 0.])
     """
     both = torch.cat([x.relu(), (-x).relu()], -1)
     return torch.cat([both * both.roll(i, -1) for i in range(1, degree + 1)], -1)
