@@ -181,6 +181,12 @@ def test_ways_of_asking(monkeypatch: pytest.MonkeyPatch) -> None:
     assert close.index("boty") < close.index("Ma bot.\n") and close.count("English:") == 3
 
 
+def test_systems_have_the_levels_of_their_names() -> None:
+    for name, (levels, method, lr) in translation.SYSTEMS.items():
+        assert name.split("_")[1] == str(levels) and (lr > 0) == (levels > 0)
+        assert method == ("added" if name.endswith("added") else "placement")
+
+
 @pytest.fixture
 def measured(
     folder: Path, monkeypatch: pytest.MonkeyPatch, tokenizer: Any, tmp_path: Path
@@ -197,7 +203,7 @@ def measured(
     monkeypatch.setattr(translation, "invented", lambda train, test: known)
     toy = Translation()
     results = Results(tmp_path / "fig8.json", toy.question, toy.settings())
-    request = Request(systems=("hope_0", "hope_2"), model="small")
+    request = Request(systems=("hope_0", "hope_3_added"), model="small")
     for name, cell in toy.due(results, request).items():
         results.add(name, {**toy.measure({**cell, "model": "small"}), "seconds": 1.0})
     assert toy.due(results, request) == {}
@@ -212,7 +218,7 @@ def test_stages_tables_and_plot(measured: Results, tmp_path: Path) -> None:
         first, second = row["stages"]
         assert list(first["chrf"]) == [row["first"]]
         assert list(second["chrf"]) == [row["first"], second["learned"]]
-        assert (row["learning_seconds"] > 0) == (row["system"] == "hope_2")
+        assert (row["learning_seconds"] > 0) == (row["system"] != "hope_0")
         assert "after kalamang" in toy.summary(row)
     # A model that learns nothing forgets nothing where the prompt is the same.
     frozen = [r for r in rows if r["system"] == "hope_0" and r["first"] == "kalamang"][0]
@@ -221,7 +227,7 @@ def test_stages_tables_and_plot(measured: Results, tmp_path: Path) -> None:
     tables = toy.tables(measured)
     assert [t.title for t in tables] == ["ChrF, closed", "ChrF, recent", "ChrF, similar"]
     assert [row[:2] for row in tables[0].rows] == [
-        (s, lang) for lang in ("kalamang", "invented") for s in ("hope_0", "hope_2")
+        (s, lang) for lang in ("kalamang", "invented") for s in ("hope_0", "hope_3_added")
     ]
     _, _, alone, kept, forgotten, second = tables[0].rows[0]
     assert (alone, kept, forgotten) == (before, after, 0.0)

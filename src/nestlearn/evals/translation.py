@@ -6,8 +6,9 @@ written (`evals.kalamang`); the other language is invented (`evals.invented_lang
 model can have read it. Both orders are run: what is measured after the first language is learning
 separately, after the second, learning in sequence.
 
-``hope_K`` is the model with K levels (`nestlearn.adapt`, `nestlearn.Learner`); ``hope_0`` is the
-model as it is, to which only the prompt says anything: in-context learning. All are asked in three
+``hope_K`` is the model with K levels (`nestlearn.adapt`, `nestlearn.Learner`), ``hope_3_added`` the
+same with added memories; ``hope_0`` is the model as it is, to which only the prompt says anything:
+in-context learning. All are asked in three
 ways: with the book closed; with the pairs read last in the prompt; with the most similar of all
 pairs read so far in the prompt.
 """
@@ -30,8 +31,17 @@ from nestlearn.evals.kalamang import split
 
 LANGUAGES = ("kalamang", "invented")
 WAYS = ("closed", "recent", "similar")
-PERIODS = {"hope_0": (), "hope_1": (64,), "hope_2": (64, 512), "hope_3": (64, 512, 4096)}
+PERIODS = (64, 512, 4096)
 """Tokens between two updates of each level."""
+SYSTEMS: dict[str, tuple[int, str, float]] = {
+    "hope_0": (0, "placement", 0.0),
+    "hope_1": (1, "placement", 1e-4),
+    "hope_2": (2, "placement", 1e-4),
+    "hope_3": (3, "placement", 1e-4),
+    "hope_3_added": (3, "added", 0.2),
+}
+"""Name -> levels, method of `nestlearn.adapt`, its usual learning rate. Placement is the paper's
+(§7.3): the MLPs themselves are the levels."""
 SPLIT_SEED = 0
 """Which sentences are learned and which are asked is the same for all seeds."""
 
@@ -55,7 +65,7 @@ class Plan:
         words: of the longest Kalamang sentence.
         shots: pairs in a prompt.
         new_tokens: of a translation at most.
-        lr, repeats, slots: of the learner and its memory.
+        repeats, slots: of the learner, and of added memories.
         seeds: orders of the training sentences.
     """
 
@@ -64,7 +74,6 @@ class Plan:
     words: int = 12
     shots: int = 6
     new_tokens: int = 32
-    lr: float = 0.2
     repeats: int = 4
     slots: int = 16_384
     seeds: int = 3
@@ -95,7 +104,7 @@ class Translation(Experiment):
         """Everything but the number of seeds, which may grow."""
         plan = dataclasses.asdict(self.plan)
         del plan["seeds"]
-        return {**plan, "periods": {k: list(v) for k, v in PERIODS.items()}}
+        return {**plan, "periods": PERIODS, "systems": SYSTEMS}
 
     def due(self, results: Results, request: Request) -> dict[str, dict[str, Any]]:
         """One cell per system, first language and seed; the second language is the other one."""
@@ -104,7 +113,7 @@ class Translation(Experiment):
         return {
             name: {"system": system, "first": first, "seed": seed, "device": request.device}
             for seed in range(seeds)
-            for system in request.pick("systems", tuple(PERIODS))
+            for system in request.pick("systems", tuple(SYSTEMS))
             for first in request.pick("tasks", LANGUAGES)
             if results.get(name := f"{system}/{first} first/seed{seed}") is None
         }
@@ -114,13 +123,14 @@ class Translation(Experiment):
         import nestlearn as nl
         from nestlearn.cli.pretrained import load_pretrained
 
-        plan, periods = self.plan, PERIODS[cell["system"]]
+        plan, (count, method, lr) = self.plan, SYSTEMS[cell["system"]]
         seed = cell["seed"]
         model, tokenizer = load_pretrained(cell["model"], device=cell["device"])
         learner = None
-        if periods:
-            nl.adapt(model, [nl.Level(period=p) for p in periods], slots=plan.slots, seed=seed)
-            learner = nl.Learner(model, tokenizer, lr=plan.lr, repeats=plan.repeats, snapshots=0)
+        if count:
+            levels = [nl.Level(period=p) for p in PERIODS[:count]]
+            nl.adapt(model, levels, method=method, slots=plan.slots, seed=seed)
+            learner = nl.Learner(model, tokenizer, lr=lr, repeats=plan.repeats, snapshots=0)
         found = corpora(plan)
         order = (cell["first"], *(name for name in LANGUAGES if name != cell["first"]))
         read: list[tuple[str, tuple[str, str]]] = []
@@ -173,7 +183,7 @@ class Translation(Experiment):
             rows = [
                 (system, language, *_entries(results, system, language, way))
                 for language in LANGUAGES
-                for system in PERIODS
+                for system in SYSTEMS
                 if _rows(results, system)
             ]
             found.append(Table(f"ChrF, {way}", columns, tuple(rows), notes[way]))
@@ -185,7 +195,7 @@ class Translation(Experiment):
 
     def plot(self, results: Results, path: Path) -> bool:
         """Bars: separately, and in sequence, per language and way of asking."""
-        systems = [s for s in PERIODS if _rows(results, s)]
+        systems = [s for s in SYSTEMS if _rows(results, s)]
         if not systems:
             return False
         import matplotlib
