@@ -18,7 +18,7 @@ SHELL := /bin/bash
 VENV ?= .venv
 PYTHON ?=
 TORCH_INDEX ?=
-EXTRAS ?= data,tensorboard,bench,test
+EXTRAS ?= data,tensorboard,eval,bench,test
 ARGS ?=
 
 BIN := $(VENV)/bin

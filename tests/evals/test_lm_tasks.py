@@ -19,13 +19,13 @@ from tests.evals.conftest import COMMONSENSE
 pytest.importorskip("lm_eval", reason="pip install 'nestlearn[eval]'")
 from lm_eval.tasks import TaskManager  # noqa: E402
 
-from nestlearn.evals.lm.measure import check_data, measure_tasks  # noqa: E402
+from nestlearn.evals.lm.measure import _manager, check_data, measure_tasks  # noqa: E402
 from nestlearn.evals.lm.tasks import load_task  # noqa: E402
 
 
 @pytest.fixture(scope="module")
 def manager() -> TaskManager:
-    return TaskManager()
+    return _manager()
 
 
 # Prompt and choices of the first row, written out from the published prompts of the tasks.

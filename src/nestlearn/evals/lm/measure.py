@@ -27,17 +27,23 @@ def check_installed() -> None:
 
 
 @functools.cache
-def check_data(tasks: tuple[str, ...], source: Source = "auto") -> None:
-    """Raises:
-    ValueError: lm-eval is not installed, a task is unknown, or its data cannot be had.
-    """
-    check_installed()
+def _manager() -> Any:
+    """lm-eval's index of tasks, which takes seconds to build."""
     import datasets
     from lm_eval.tasks import TaskManager
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     datasets.disable_progress_bars()
-    manager = TaskManager()
+    return TaskManager()
+
+
+@functools.cache
+def check_data(tasks: tuple[str, ...], source: Source = "auto") -> None:
+    """Raises:
+    ValueError: lm-eval is not installed, a task is unknown, or its data cannot be had.
+    """
+    check_installed()
+    manager = _manager()
     for name in tasks:
         load_task(name, source, manager)
 
@@ -69,15 +75,11 @@ def measure_tasks(
         ValueError: unknown tasks, data that cannot be had, requests that do not fit.
     """
     check_installed()
-    import datasets
     import lm_eval
-    from lm_eval.tasks import TaskManager
 
     from nestlearn.evals.lm.backend import Backend
 
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    datasets.disable_progress_bars()
-    manager = TaskManager()
+    manager = _manager()
     machine = Backend(model, tokenizer, **backend)
     for name in tasks:
         began = time.perf_counter()
@@ -88,6 +90,7 @@ def measure_tasks(
                 limit=limit,
                 num_fewshot=shots,
                 bootstrap_iters=0,
+                task_manager=manager,
                 log_samples=False,
             )
             row = _row(found, task.config.task)

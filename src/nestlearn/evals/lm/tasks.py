@@ -127,7 +127,7 @@ def _wikitext(path: Path) -> Iterator[Row]:
     article: list[str] = []
     with gzip.open(path, "rt", encoding="utf-8") as file:
         for line in file:
-            if re.fullmatch(r" = [^=].*[^=] = \n", line) and article:
+            if re.fullmatch(r" = [^=].*[^=] = \n", line) and "".join(article).strip():
                 yield {"page": "".join(article)}
                 article = []
             article.append(line)
