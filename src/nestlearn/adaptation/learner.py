@@ -398,8 +398,9 @@ class Learner:
         assert self._writer is not None
         with self._handle.readout.watching():
             first: float = compute().item()
-            key, tokens = item.pick(self._handle.readout.parts)
-            sums = self._writer.sums(self._handle.readout.make_key(key), tokens.to(self.device))
+            assert self._handle.readout.key is not None
+            key, tokens = item.pick([self._handle.readout.key])
+            sums = self._writer.sums(key[0], tokens.to(self.device))
         if not (math.isfinite(first) and torch.isfinite(sums).all()):
             return None
         self._weights.update({TARGET: -sums}, item.tokens)
