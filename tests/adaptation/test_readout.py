@@ -60,6 +60,8 @@ def pairs(model: Any, rows: Any) -> tuple[torch.Tensor, torch.Tensor]:
         for t in range(len(prompt) - 1, len(prompt) + len(completion) - 1):
             mean = sketch([h[: t + 1].mean(0) for h in states], signs[layers:])
             now = sketch([a[t] for a in attention], signs[:layers])
+            token = model.get_input_embeddings().weight[(prompt + completion)[t]].double()
+            mean = mean * (handle.readout.keys.bind.double() @ token).sign()
             key = mean / mean.norm() + LAST * now / now.norm()
             keys.append(key / key.norm())
         tokens += completion
