@@ -40,7 +40,7 @@ GRIDS: dict[str, list[dict[str, Any]]] = {
         *({"top": 1, "layer": layer, "shrinkage": 0.3} for layer in (9, 12, 15)),
         {"top": 3, "layer": 12},
     ],
-    "nestlearn": [{"gain": 100.0}, {"gain": 300.0}, {"gain": 1000.0}],
+    "nestlearn": [{"gain": 100.0}, {"gain": 300.0}],
     "naive": RATES,
     "joint": RATES,
     "replay_5": RATES,

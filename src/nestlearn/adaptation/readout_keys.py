@@ -29,7 +29,7 @@ from nestlearn.adaptation.sites import find_attention, find_blocks
 
 POOLED = 6
 """Blocks whose states are averaged, B: evenly spaced, the last among them."""
-LAST = 0.5
+LAST = 0.3
 """Weight of the token itself beside the mean."""
 
 
