@@ -257,7 +257,9 @@ class Learner:
             self._memory.snapshot(label or "before learning", self.keep)
         reader = Reader(self.model, self.context)
         # V is solved once, not after every batch.
-        exact = contextlib.nullcontext() if self._writer is None else self._handle.readout.watching()
+        exact: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+        if self._writer is not None:
+            exact = self._handle.readout.watching()
         try:
             with reading(self.model), exact:
                 for item in self._work(documents, text_column, self.segment):

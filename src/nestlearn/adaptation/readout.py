@@ -212,4 +212,3 @@ def readout_prior(model: Any, width: int, tokens: Tensor | None, rank: int) -> T
     total.diagonal().add_(RIDGE)
     integers, scale = quantise(torch.linalg.cholesky(total).mT.float())
     return integers * scale
-

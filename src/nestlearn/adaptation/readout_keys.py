@@ -1,14 +1,14 @@
 """What a readout's keys are made of: what was read so far, and what is read now.
 
-    s_t = mean over i <= t of S_h [h_1i / |h_1i|; ...; h_Bi / |h_Bi|]    h_b: state after block b
+    s_t = mean of i <= t: S_h [h_1i / |h_1i|; ...; h_Bi / |h_Bi|]    h_b: state after block b
     c_t = S_a [a_1t / |a_1t|; ...; a_Lt / |a_Lt|]                        a_l: attention of block l
     k_t = s_t / |s_t| * sign(G e_t) + LAST c_t / |c_t|, made of unit norm    e: token embedding
 
 S are fixed count sketches to r numbers: each input is added to one of them, with a sign; the inputs
 of different blocks lie over each other in different places. The mean says what the text is about
-and has less noise than any one token. Binding it to the token itself (``G`` random signs) makes what is
-said after one token a question of its own: what follows " card" in a label does not mix with how
-labels begin, and hardly with other text. c adds what stands near. Nothing that is learned
+and has less noise than any one token. Binding it to the token itself (G: random signs) makes what comes
+after one token a question of its own: what follows " card" in a label does not mix with how labels
+begin, and hardly with other text. c adds what stands near. Nothing that is learned
 changes a key: what a readout adds comes after the last block.
 
 The mean goes on behind an attention cache, as a layer of its own in it (`Sums`), so that whatever
@@ -63,7 +63,7 @@ class ReadoutKeys(nn.Module):
     def begin(self, mask: Any, embeddings: Tensor | None) -> None:
         """A pass begins; ``mask``: its attention mask, of which only ``(B, T)`` is understood;
         ``embeddings``: the tokens', if they were given in place of tokens."""
-        self.embeddings = [] if embeddings is None else [embeddings]
+        self.embeddings: list[Tensor] = [] if embeddings is None else [embeddings]
         self.attention: list[Tensor] = []
         self.states: list[Tensor] = []
         self.mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
@@ -111,9 +111,7 @@ class ReadoutKeys(nn.Module):
                     hooks.append(model.get_submodule(path).register_forward_hook(hook))
         embed = model.get_input_embeddings()
         hooks.append(embed.register_forward_hook(_Reads(handle, self, "embeddings")))
-        hooks.append(
-            model.get_decoder().register_forward_pre_hook(_Begins(self), with_kwargs=True)
-        )
+        hooks.append(model.get_decoder().register_forward_pre_hook(_Begins(self), with_kwargs=True))
         return hooks
 
 

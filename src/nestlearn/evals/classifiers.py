@@ -227,7 +227,7 @@ class InCA(Writing):
                     output_hidden_states=True,
                 )  # fmt: skip
                 h = out.hidden_states[self.layer].double()
-                # The first token draws attention whatever it is: its state is huge and says nothing.
+                # The first token's state is huge, whatever the token, and says nothing.
                 mask[:, 0] = 0
                 made.append((h * mask[..., None]).sum(1) / mask.sum(1, keepdim=True).clamp(min=1))
         return torch.cat(made).cpu()

@@ -12,6 +12,7 @@ from typing import Any
 
 from nestlearn.adaptation.examples import Example
 
+
 @dataclasses.dataclass(frozen=True)
 class Task:
     """Classes that come together.
