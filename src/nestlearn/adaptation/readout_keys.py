@@ -1,15 +1,15 @@
 """What a readout's keys are made of: what was read so far, and what is read now.
 
-    s_t = mean of i <= t: S_h [h_1i / |h_1i|; ...; h_Bi / |h_Bi|]    h_b: state after block b
+    s_t = mean over i <= t of S_h [h_1i / |h_1i|; ...; h_Bi / |h_Bi|]    h_b: state after block b
     c_t = S_a [a_1t / |a_1t|; ...; a_Lt / |a_Lt|]                        a_l: attention of block l
     k_t = s_t / |s_t| * sign(G e_t) + LAST c_t / |c_t|, made of unit norm    e: token embedding
 
 S are fixed count sketches to r numbers: each input is added to one of them, with a sign; the inputs
 of different blocks lie over each other in different places. The mean says what the text is about
-and has less noise than any one token. Binding it to the token itself (G: random signs) makes what comes
-after one token a question of its own: what follows " card" in a label does not mix with how labels
-begin, and hardly with other text. c adds what stands near. Nothing that is learned
-changes a key: what a readout adds comes after the last block.
+and has less noise than any one token. Binding it to the token itself (G: random signs) makes what
+comes after one token a question of its own: what follows " card" in a label does not mix with how
+labels begin, and hardly with other text. c adds what stands near. Nothing that is learned changes a
+key: what a readout adds comes after the last block.
 
 The mean goes on behind an attention cache, as a layer of its own in it (`Sums`), so that whatever
 is done to the cache (rows picked, tokens taken back) is done to the sums too.
