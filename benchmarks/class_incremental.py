@@ -4,8 +4,8 @@ CLINC150 (10 tasks of 15 intents) or DBpedia (7 tasks of 2). A method reads the 
 after the other, once; after each it is asked for the labels of all tasks so far, told nothing but
 the labels seen. The model writes the label, constrained to them. Every method's settings are chosen
 on a grid, on the first tasks of a stream of its own (tuning seed, other order, validation split).
-Which examples the subsets have is drawn once, with a fixed seed; a seed decides which classes come
-together, in which order, and the order of examples.
+A seed draws the examples of the subset, and decides which classes come together, in which order,
+and the order of examples: the same for all methods.
 
     python benchmarks/class_incremental.py --model FOLDER               # subset for a CPU, resumes
     python benchmarks/class_incremental.py --model FOLDER --scale full  # everything, for a GPU
@@ -28,15 +28,19 @@ from common import Results, arguments, data_root, out_path, table
 TUNING_SEED = 1000
 SCALES: dict[str, dict[str, Any]] = {
     "quick": {"train": 2, "test": 1, "tasks": 2, "tuning_tasks": 2, "context": 256},
-    "cpu": {"train": 5, "test": 2, "tasks": None, "tuning_tasks": 3, "context": 2048},
+    "cpu": {"train": 5, "test": 4, "tasks": None, "tuning_tasks": 3, "context": 2048},
     "full": {"train": None, "test": None, "tasks": None, "tuning_tasks": 3, "context": None},
 }
 RATES = [{"lr": 5e-5}, {"lr": 1e-4}, {"lr": 2e-4}]
 GRIDS: dict[str, list[dict[str, Any]]] = {
     "frozen": [{}],
     "icl": [{}],
-    "inca": [{"top": 1, "layer": -1}, {"top": 1, "layer": 6}, {"top": 3, "layer": 6}],
-    "nestlearn": [{"gain": 100.0}, {"gain": 300.0}, {"gain": 1000.0}],
+    "inca": [
+        *({"top": 1, "layer": layer} for layer in (6, 9, 12, 15, 18, -1)),
+        *({"top": 1, "layer": layer, "shrinkage": 0.3} for layer in (9, 12, 15)),
+        {"top": 3, "layer": 12},
+    ],
+    "nestlearn": [{"gain": 100.0}, {"gain": 300.0}],
     "naive": RATES,
     "joint": RATES,
     "replay_5": RATES,

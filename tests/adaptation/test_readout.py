@@ -14,11 +14,12 @@ import nestlearn as nl
 from nestlearn.adaptation import read_memory
 from nestlearn.adaptation.attach import adapt_to, adaptation_of
 from nestlearn.adaptation.operations import merge
+from nestlearn.adaptation.readout_keys import LAST
 from tests.adaptation.conftest import WIDTH, tiny_model
 
 ROWS = [{"prompt": f"{w} fish?", "completion": f" {w[::-1]}\n"} for w in
         ("red", "blue", "old", "new", "wet", "dry", "big", "odd")]  # fmt: skip
-RANK = 48
+RANK = 96
 
 
 def learner_of(tokenizer: Any, family: str = "Llama", **settings: Any) -> nl.Learner:
@@ -26,29 +27,42 @@ def learner_of(tokenizer: Any, family: str = "Llama", **settings: Any) -> nl.Lea
     return nl.Learner(model, tokenizer, **settings)
 
 
+def sketch(parts: list[torch.Tensor], signs: torch.Tensor) -> torch.Tensor:
+    made = torch.zeros(RANK, dtype=torch.float64)
+    for i, part in enumerate(parts):
+        place = int(i * RANK / len(parts))
+        for d in range(WIDTH):
+            made[(place + d) % RANK] += signs[i, d] * part[d]
+    return made
+
+
 def pairs(model: Any, rows: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys by their definition, from the attention's outputs one example at a time; tokens."""
+    """Keys by their definition, from one example at a time; tokens."""
     handle = adaptation_of(model)
-    signs = handle.readout.signs.double()
+    signs, layers = handle.readout.keys.signs.double(), len(model.model.layers)
     keys, tokens = [], []
     for row in rows:
         prompt, completion = [256, *row["prompt"].encode()], list(row["completion"].encode())
         seen: list[torch.Tensor] = []
 
         def keep(module: Any, inputs: Any, output: Any, seen: Any = seen) -> None:
-            seen.append(output[0][0].double())
+            one = output if isinstance(output, torch.Tensor) else output[0]
+            seen.append(F.normalize((one[0] if one.dim() == 3 else one).double(), dim=-1))
 
         hooks = [block.self_attn.register_forward_hook(keep) for block in model.model.layers]
+        hooks += [block.register_forward_hook(keep) for block in model.model.layers]
         with handle.inactive(), torch.no_grad():
             model(torch.tensor([prompt + completion]))
         for hook in hooks:
             hook.remove()
+        # Attention and block take turns; all of these few blocks' states are averaged.
+        attention, states = seen[0::2], seen[1::2]
         for t in range(len(prompt) - 1, len(prompt) + len(completion) - 1):
-            key = torch.zeros(RANK, dtype=torch.float64)
-            for i, a in enumerate(seen):
-                place = int(i * RANK / len(seen))
-                for d in range(WIDTH):
-                    key[(place + d) % RANK] += signs[i, d] * a[t, d] / a[t].norm()
+            mean = sketch([h[: t + 1].mean(0) for h in states], signs[layers:])
+            now = sketch([a[t] for a in attention], signs[:layers])
+            token = model.get_input_embeddings().weight[(prompt + completion)[t]].double()
+            mean = mean * (handle.readout.keys.bind.double() @ token).sign()
+            key = mean / mean.norm() + LAST * now / now.norm()
             keys.append(key / key.norm())
         tokens += completion
     return torch.stack(keys), torch.tensor(tokens)
@@ -117,6 +131,35 @@ def test_generation_with_a_cache_equals_one_pass(tokenizer: Any) -> None:
     assert logits[prompt.shape[1] - 1 : -1].argmax(-1).tolist() == out[0, -6:].tolist()
 
 
+def test_beams_and_rows_carry_their_own_means(tokenizer: Any) -> None:
+    learner = learner_of(tokenizer)
+    learner.learn(ROWS)
+    prompts = [[256, *row["prompt"].encode()] for row in ROWS[:3]]
+    length = max(map(len, prompts))
+    ids = torch.tensor([[0] * (length - len(p)) + p for p in prompts])
+    mask = torch.tensor([[0] * (length - len(p)) + [1] * len(p) for p in prompts])
+    for beams in (1, 3):
+        out = learner.model.generate(
+            ids, attention_mask=mask, max_new_tokens=6, num_beams=beams, do_sample=False,
+            pad_token_id=0, eos_token_id=ord("\n"),
+        )  # fmt: skip
+        for row, answer in zip(ROWS, out[:, length:].tolist(), strict=False):
+            assert bytes(answer).decode().startswith(row["completion"])
+
+
+def test_tokens_taken_back_leave_the_mean(tokenizer: Any) -> None:
+    learner = learner_of(tokenizer)
+    learner.learn(ROWS)
+    prompt, more = torch.tensor([[256, *b"blue fish?"]]), torch.tensor([list(b" eul")])
+    with torch.no_grad():
+        whole = learner.model(torch.cat([prompt, more], 1)).logits[:, -1]
+        cache = learner.model(prompt, use_cache=True).past_key_values
+        learner.model(torch.tensor([list(b" old")]), past_key_values=cache)
+        cache.crop(-4)
+        again = learner.model(more, past_key_values=cache).logits[:, -1]
+    torch.testing.assert_close(again, whole, rtol=1e-3, atol=1e-2)
+
+
 def test_memory_files_and_merging(tokenizer: Any, tmp_path: Path, ids: torch.Tensor) -> None:
     whole, halves = learner_of(tokenizer), [learner_of(tokenizer) for _ in range(2)]
     whole.learn(ROWS)
@@ -124,10 +167,10 @@ def test_memory_files_and_merging(tokenizer: Any, tmp_path: Path, ids: torch.Ten
         half.learn(rows)
     whole.save(tmp_path / "w.nlmem")
     memory = read_memory(tmp_path / "w.nlmem")
-    small = whole.save(tmp_path / "s.nlmem", max_bytes=70_000)
+    small = whole.save(tmp_path / "s.nlmem", max_bytes=200_000)
     assert small.storage == "float32"
     with pytest.raises(ValueError, match="this memory needs at least"):
-        whole.save(tmp_path / "s.nlmem", max_bytes=20_000)
+        whole.save(tmp_path / "s.nlmem", max_bytes=60_000)
     fresh = nl.Learner(adapt_to(tiny_model(), memory), tokenizer, memory=memory)
     assert torch.equal(fresh.model(ids).logits, whole.model(ids).logits)
     both = merge([half.memory for half in halves])

@@ -30,7 +30,7 @@ def test_inca_is_linear_discriminant_analysis(tokenizer: Any) -> None:
     def embed(text: str) -> np.ndarray:
         row = torch.tensor([tokens(tokenizer, text)])
         h = model(row, output_hidden_states=True).hidden_states[2][0]
-        return h.detach().double().mean(0).numpy()
+        return h.detach().double()[1:].mean(0).numpy()
 
     X = np.stack([embed(e.prompt) for e in TASK])
     y = np.array([LABELS.index(e.completion) for e in TASK])
@@ -115,9 +115,8 @@ def test_elastic_weights_hold_after_a_task(tokenizer: Any) -> None:
 @pytest.mark.parametrize("kind", ["readout", "added", "naive"])
 def test_all_learn_to_classify(tokenizer: Any, kind: str) -> None:
     model = tiny_model()
-    # An added memory of a model of random weights recalls what was written; it has no idea of what
-    # is alike.
-    prompts = [f"q {n} y:" for n in NAMES] if kind == "added" else PROMPTS
+    # Memories of a model of random weights recall what was written; it has no idea of what is alike.
+    prompts = PROMPTS if kind == "naive" else [f"q {n} y:" for n in NAMES]
     untaught = Writing(model, tokenizer).classify(prompts, LABELS)
     assert untaught != [0, 1, 2]
     if kind == "naive":

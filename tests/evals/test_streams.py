@@ -21,12 +21,12 @@ def test_clinc_has_ten_tasks_of_fifteen(shared_data: Path) -> None:
     assert example.prompt.endswith("\nIntent:") and example.completion.endswith("\n")
 
 
-def test_a_seed_changes_the_order_and_not_the_subset(shared_data: Path) -> None:
+def test_a_seed_draws_classes_and_examples(shared_data: Path) -> None:
     one, other = (clinc150(shared_data / "clinc150", train=2, test=1, seed=s) for s in (0, 1))
     assert one.tasks[0].labels != other.tasks[0].labels
     for part in ("train", "test"):
         a, b = ({x for t in s.tasks for x in getattr(t, part)} for s in (one, other))
-        assert a == b
+        assert len(a & b) < 0.2 * len(a)
     assert clinc150(shared_data / "clinc150", train=2, test=1, seed=1) == other
 
 

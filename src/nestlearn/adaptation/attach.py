@@ -89,6 +89,12 @@ class Adaptation:
         getattr(self, f"_attach_{method}")(model)
         self._hooks.append(contiguous_head(model))
 
+    @property
+    def reads(self) -> bool:
+        """Whether a readout's keys are made in a pass."""
+        shown = self.active and self.readout.values is not None
+        return shown or self.readout.watched or self.in_rows is not None
+
     # -- attaching ----------------------------------------------------------------------------
 
     def _attach_added(self, model: nn.Module) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 import warnings
@@ -215,8 +216,12 @@ class Learner:
         if self.keep:
             self._memory.snapshot(label or "before learning", self.keep)
         reader = Reader(self.model, self.context)
+        # V is solved once, not after every batch.
+        exact: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+        if self._writer is not None:
+            exact = self._handle.readout.watching()
         try:
-            with reading(self.model):
+            with reading(self.model), exact:
                 for item in self._work(documents, text_column, self.segment):
                     if stop():
                         done.stopped = True
@@ -360,10 +365,10 @@ class Learner:
     def _write(self, compute: Callable[[], Tensor], item: Segment | Batch) -> float | None:
         """Add what is read to the sums of an exact memory."""
         assert self._writer is not None
-        with self._handle.readout.watching():
-            first: float = compute().item()
-            key, tokens = item.pick(self._handle.readout.parts)
-            sums = self._writer.sums(self._handle.readout.make_key(key), tokens.to(self.device))
+        first: float = compute().item()
+        assert self._handle.readout.key is not None
+        key, tokens = item.pick([self._handle.readout.key])
+        sums = self._writer.sums(key[0], tokens.to(self.device))
         if not (math.isfinite(first) and torch.isfinite(sums).all()):
             return None
         self._weights.update({TARGET: -sums}, item.tokens)

@@ -1,18 +1,18 @@
 """A memory beside a model's output that is written exactly: what is read later erases nothing.
 
-Its keys are made from what the attention of every block reads at a token, so they see all of the
-context and hold still: nothing that is learned changes a key. That is what lets the values be the
-least-squares solution of all pairs so far (`nestlearn.rules.least_squares`), whatever their order.
+Its keys hold still, as nothing that is learned changes them (`nestlearn.adaptation.readout_keys`).
+That is what lets the values be the least-squares solution of all pairs so far
+(`nestlearn.rules.least_squares`), whatever their order.
 
-    k = S [a_1 / |a_1|; ...; a_L / |a_L|], of unit norm      a_l: output of block l's attention
-    h <- h + V k                                             h: the model's last hidden state
-    V = (sum t_y k^T) (A_0 + sum k k^T)^{-1}                 over the tokens y that were learned
+    h <- h + g(f) V k,   f = v k                             h: the model's last hidden state
+    [V; v] = (sum [t_y; 1] k^T) (A_0 + sum k k^T)^{-1}       over the tokens y that were learned
+    g(f) = min(1, max(0, f - c) / (1 - c))
 
-S is a fixed count sketch to r numbers (each input is added to one of them, with a sign; the blocks'
-inputs lie over each other in different places). The value
-``t_y`` is the change of h that raises the logit of token y by ``gain`` and all others, in the
-least-squares sense, by nothing. ``A_0`` says that general text, which the model generates itself,
-needs no change.
+The value ``t_y`` is the change of h that raises the logit of token y by ``gain`` and all others, in
+the least-squares sense, by nothing. ``A_0`` says that general text, which the model generates
+itself, needs no change. f tells what was learned from general text, one for the first and zero for
+the second: a regression of its own, with the same sums. Where it is below c nothing is added, so
+that text that resembles nothing learned is computed as before.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from nestlearn.adaptation.added import CHILD
 from nestlearn.adaptation.keys import quantise
 from nestlearn.adaptation.memory import Memory
+from nestlearn.adaptation.readout_keys import ReadoutKeys
 from nestlearn.adaptation.sites import find_attention
 from nestlearn.rules.least_squares import solve
 
@@ -37,10 +38,12 @@ TARGET = "readout"
 RANK = 3072
 """Numbers in a key, r, unless something else is asked for."""
 RIDGE, GENERAL, GAIN = 0.01, 100.0, 100.0
+FAMILIAR = 0.5
+"""c, below which a place counts as general text."""
 
 
 class Readout(nn.Module):
-    """``h + V k`` at the end of a model (see the module's text).
+    """``h + g(f) V k`` at the end of a model (see the module's text).
 
     Args:
         blocks: L.
@@ -48,41 +51,31 @@ class Readout(nn.Module):
         factor: R in ``A_0 = R^T R``, ``(r, r)``.
 
     Attributes:
-        sums: ``[sum k k^T; sum t k^T]``, ``(r + D, r)``, float32; V is solved from it when it is
-            next needed.
+        keys: makes the keys.
+        key: keys ``(B, T, r)`` of the last pass, kept within `watching`.
+        sums: ``[sum k k^T; sum t k^T; sum k^T]``, ``(r + D + 1, r)``, float32; V and v are solved
+            from it when they are next needed.
         gain: logits that a learned token gains.
     """
 
     prior: Tensor
-    signs: Tensor
 
     def __init__(self, blocks: int, width: int, factor: Tensor, device: torch.device) -> None:
         super().__init__()
         self.rank, self.width, self.gain = len(factor), width, GAIN
         factor = factor.float().to(device)
         self.register_buffer("prior", factor.mT @ factor, persistent=False)
-        self.register_buffer("signs", _signs(blocks, width).to(device), persistent=False)
-        sums = torch.zeros(self.rank + width, self.rank, device=device)
+        self.keys = ReadoutKeys(blocks, width, self.rank, device)
+        sums = torch.zeros(self.rank + width + 1, self.rank, device=device)
         self.sums = nn.Parameter(sums, requires_grad=False)
-        self.parts: list[Tensor] = []
+        self.key: Tensor | None = None
         self.watched = False
         self._held = False
         self._solved: tuple[int, Tensor | None] = (-1, None)
 
-    def make_key(self, parts: Sequence[Tensor]) -> Tensor:
-        """k ``(..., r)``, float32, of what the blocks' attention gave, each ``(..., D)``."""
-        step, rank, width = self.rank / len(parts), self.rank, self.width
-        laps = -(-width // rank) + 1  # the last blocks' places reach beyond r: folded back below
-        key = torch.zeros(*parts[0].shape[:-1], laps * rank, device=parts[0].device)
-        for i, part in enumerate(parts):
-            place = int(i * step)
-            unit = nn.functional.normalize(part.float(), dim=-1)
-            key[..., place : place + width].addcmul_(unit, self.signs[i])
-        return nn.functional.normalize(key.unflatten(-1, (laps, rank)).sum(-2), dim=-1)
-
     @property
     def values(self) -> Tensor | None:
-        """V ``(D, r)``; None while nothing was learned."""
+        """``[V; v]``, ``(D + 1, r)``; None while nothing was learned."""
         version = self.sums._version
         if self._solved[0] != version and not (self._held and self._solved[0] >= 0):
             self._solved = (version, self.solve(self.sums))
@@ -90,7 +83,7 @@ class Readout(nn.Module):
 
     @torch.no_grad()
     def solve(self, sums: Tensor) -> Tensor | None:
-        """V of given sums; None where they hold nothing."""
+        """``[V; v]`` of given sums; None where they hold nothing."""
         cross = sums[self.rank :]
         if not cross.any():
             return None
@@ -98,19 +91,25 @@ class Readout(nn.Module):
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        """Within it `parts` stays after a pass, for `make_key`; V stays what it was, too."""
+        """Within it `key` stays after a pass; V stays what it was, too."""
         _ = self.values
         self._held = self.watched = True
         try:
             yield
         finally:
             self._held = self.watched = False
-            self.parts = []
+            self.key = None
 
     def forward(self, h: Tensor, key: Tensor) -> Tensor:
-        """``h + V k``; h itself while nothing was learned."""
+        """``h + g(f) V k``; h itself while nothing was learned."""
         values = self.values
-        return h if values is None else h + nn.functional.linear(key, values).to(h)
+        return h if values is None else h + gated(nn.functional.linear(key, values)).to(h)
+
+
+def gated(answer: Tensor) -> Tensor:
+    """``[V k; f] (..., D + 1)`` to ``g(f) V k (..., D)``."""
+    answer, familiar = answer[..., :-1], answer[..., -1:]
+    return answer * ((familiar - FAMILIAR) / (1 - FAMILIAR)).clamp(0, 1)
 
 
 class Writer:
@@ -133,34 +132,11 @@ class Writer:
 
     @torch.no_grad()
     def sums(self, key: Tensor, tokens: Tensor) -> Tensor:
-        """``[sum k k^T; sum t_y k^T]`` of keys ``(N, r)`` and tokens y ``(N,)``."""
+        """``[sum k k^T; sum t_y k^T; sum k^T]`` of keys ``(N, r)`` and tokens y ``(N,)``."""
         directions = self.weight[tokens].float()
         values = directions @ self.inverse
         values *= self.readout.gain / (values * directions).sum(-1, keepdim=True)
-        return torch.cat([key.mT @ key, values.mT @ key])
-
-
-class _Reads:
-    """Keeps what an attention module gives; a class, so that models can be copied and pickled."""
-
-    def __init__(self, handle: Adaptation) -> None:
-        self.handle = handle
-
-    def __call__(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        readout = self.handle.readout
-        shown = self.handle.active and readout.values is not None
-        if shown or readout.watched or self.handle.in_rows is not None:
-            readout.parts.append(output if isinstance(output, Tensor) else output[0])
-
-
-class _Begins:
-    """A new pass begins."""
-
-    def __init__(self, handle: Adaptation) -> None:
-        self.handle = handle
-
-    def __call__(self, module: nn.Module, inputs: Any) -> None:
-        self.handle.readout.parts = []
+        return torch.cat([key.mT @ key, values.mT @ key, key.sum(0, keepdim=True)])
 
 
 class _Ends:
@@ -171,18 +147,18 @@ class _Ends:
 
     def __call__(self, module: nn.Module, inputs: Any, output: Any) -> Any:
         handle, readout = self.handle, self.handle.readout
-        parts = readout.parts
-        if not readout.watched:
-            readout.parts = []
+        if not handle.reads:
+            return None
+        key = readout.keys.finish(getattr(output, "past_key_values", None))
+        if readout.watched:
+            readout.key = key
         h = output[0]
         if handle.in_rows is not None:
             rows = handle.in_rows[TARGET]
             assert isinstance(rows, ReadoutRows)
-            h = rows(h, readout.make_key(parts))
-        elif handle.active and readout.values is not None:
-            h = readout(h, readout.make_key(parts))
-        else:
-            return None
+            h = rows(h, key)
+        elif handle.active:
+            h = readout(h, key)
         if isinstance(output, tuple):
             return (h, *output[1:])
         output[next(iter(output))] = h
@@ -200,26 +176,28 @@ class ReadoutRows:
         self.values = torch.stack([empty if v is None else v for v in made])
 
     def __call__(self, h: Tensor, key: Tensor) -> Tensor:
-        """``h + V k``, row by row."""
+        """``h + g(f) V k``, row by row."""
         if len(h) != len(self.values):
             raise ValueError(
                 f"rows() was given {len(self.values)} memories, the batch has {len(h)} rows"
             )
-        return h + (key @ self.values.mT).to(h)
+        return h + gated(key @ self.values.mT).to(h)
 
 
 def attach_readout(handle: Adaptation, model: Any) -> tuple[Readout, nn.Module, list[Any]]:
     """Put a readout on a model; returns it, the module it is part of and the hooks."""
-    places = find_attention(model)
     width = handle.sites[0].width
     body = model.get_decoder()
     device = model.get_output_embeddings().weight.device
-    readout = Readout(len(places), width, handle.fixed[TARGET], device)
+    readout = Readout(len(find_attention(model)), width, handle.fixed[TARGET], device)
     body.add_module(CHILD, readout)
-    hooks = [model.get_submodule(p).register_forward_hook(_Reads(handle)) for p in places]
-    hooks.append(body.register_forward_pre_hook(_Begins(handle)))
+    hooks = readout.keys.watch(model, handle)
     hooks.append(body.register_forward_hook(_Ends(handle)))
     return readout, body, hooks
+
+
+class _Always:
+    reads = True
 
 
 @torch.no_grad()
@@ -230,20 +208,14 @@ def readout_prior(model: Any, width: int, tokens: Tensor | None, rank: int) -> T
     """
     total = torch.zeros(rank, rank, dtype=torch.float64)
     if tokens is not None and GENERAL:
-        places = find_attention(model)
         device = model.get_input_embeddings().weight.device
-        probe = Readout(len(places), width, torch.eye(rank), device)
-
-        def keep(module: nn.Module, inputs: Any, output: Any) -> None:
-            probe.parts.append(output if isinstance(output, Tensor) else output[0])
-
-        hooks = [model.get_submodule(p).register_forward_hook(keep) for p in places]
+        keys = ReadoutKeys(len(find_attention(model)), width, rank, device)
+        hooks = keys.watch(model, _Always())
         try:
             for rows in tokens.split(8):
                 model(input_ids=rows.to(device), use_cache=False, logits_to_keep=1)
-                key = probe.make_key(probe.parts).flatten(0, 1).cpu()
+                key = keys.finish(None).flatten(0, 1).cpu()
                 total += key.mT @ key
-                probe.parts = []
         finally:
             for hook in hooks:
                 hook.remove()
@@ -251,15 +223,3 @@ def readout_prior(model: Any, width: int, tokens: Tensor | None, rank: int) -> T
     total.diagonal().add_(RIDGE)
     integers, scale = quantise(torch.linalg.cholesky(total).mT.float())
     return integers * scale
-
-
-def _signs(blocks: int, width: int) -> Tensor:
-    """A sign of every input ``(L, D)``: a fixed hash (splitmix64), the same on every machine."""
-    signs = []
-    mask = (1 << 64) - 1
-    for i in range(blocks * width):
-        z = (i + 1) * 0x9E3779B97F4A7C15 & mask
-        z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 & mask
-        z = (z ^ z >> 27) * 0x94D049BB133111EB & mask
-        signs.append(1.0 if (z ^ z >> 31) & 1 else -1.0)
-    return torch.tensor(signs).view(blocks, width)

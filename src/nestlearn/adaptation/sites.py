@@ -167,6 +167,16 @@ def find_attention(model: nn.Module) -> tuple[str, ...]:
     )
 
 
+def find_blocks(model: nn.Module) -> tuple[str, ...]:
+    """Paths of the blocks, from the input up.
+
+    Raises:
+        ValueError: none are recognised.
+    """
+    prefix, blocks = _blocks(model)
+    return tuple(f"{prefix}.{i}" for i in range(len(blocks)))
+
+
 def contiguous_head(model: Any) -> Any:
     """Hand the output embeddings contiguous inputs; returns the hook.
 

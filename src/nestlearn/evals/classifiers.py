@@ -209,7 +209,7 @@ class InCA(Writing):
 
     @torch.no_grad()
     def embed(self, prompts: Sequence[str]) -> Tensor:
-        """Mean hidden state of each prompt ``(N, D)``, float64."""
+        """Mean hidden state of each prompt's tokens but the first, ``(N, D)``, float64."""
         rows = [tokens(self.tokenizer, p) for p in prompts]
         device = self.model.get_input_embeddings().weight.device
         made: list[Tensor] = []
@@ -227,7 +227,9 @@ class InCA(Writing):
                     output_hidden_states=True,
                 )  # fmt: skip
                 h = out.hidden_states[self.layer].double()
-                made.append((h * mask[..., None]).sum(1) / mask.sum(1, keepdim=True))
+                # The first token's state is huge, whatever the token, and says nothing.
+                mask[:, 0] = 0
+                made.append((h * mask[..., None]).sum(1) / mask.sum(1, keepdim=True).clamp(min=1))
         return torch.cat(made).cpu()
 
 

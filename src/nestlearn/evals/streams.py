@@ -12,9 +12,6 @@ from typing import Any
 
 from nestlearn.adaptation.examples import Example
 
-SUBSET_SEED = 0
-"""Which examples a subset has is chosen once, with this seed, whatever the order of the classes."""
-
 
 @dataclasses.dataclass(frozen=True)
 class Task:
@@ -71,8 +68,8 @@ def clinc150(
     Args:
         folder: has ``data_full.json.gz``.
         tasks: the first so many of the ten.
-        train, test: examples of a class, drawn once with `SUBSET_SEED`; None: all.
-        seed: shuffles the classes into tasks, and the examples within them.
+        train, test: examples of a class, drawn with ``seed``; None: all.
+        seed: draws the subset, shuffles the classes into tasks and the examples within them.
         validation: test on the validation split.
 
     Raises:
@@ -125,7 +122,7 @@ def _stream(
     names = sorted({label for _, label in parts[0]})
     if not 1 <= count <= len(names) // size:
         raise ValueError(f"tasks must be 1 to {len(names) // size}, got {count}")
-    chosen = [_subset(part, names, limit) for part, limit in zip(parts, limits, strict=True)]
+    chosen = [_subset(part, names, n, seed) for part, n in zip(parts, limits, strict=True)]
     generator = random.Random(seed)
     generator.shuffle(names)
     tasks = []
@@ -139,10 +136,10 @@ def _stream(
 
 
 def _subset(
-    part: Sequence[tuple[str, str]], names: Sequence[str], limit: int | None
+    part: Sequence[tuple[str, str]], names: Sequence[str], limit: int | None, seed: int
 ) -> dict[str, list[tuple[str, str]]]:
-    """Examples by label; ``limit`` of each, drawn with `SUBSET_SEED`."""
-    generator = random.Random(SUBSET_SEED)
+    """Examples by label; ``limit`` of each, drawn with ``seed``."""
+    generator = random.Random(seed)
     result = {}
     for name in names:
         found = [pair for pair in part if pair[1] == name]
