@@ -14,6 +14,7 @@ import nestlearn as nl
 from nestlearn.adaptation import read_memory
 from nestlearn.adaptation.attach import adapt_to, adaptation_of
 from nestlearn.adaptation.operations import merge
+from nestlearn.adaptation.readout import FAMILIAR, gated
 from nestlearn.adaptation.readout_keys import LAST
 from tests.adaptation.conftest import WIDTH, tiny_model
 
@@ -83,15 +84,19 @@ def test_values_are_the_least_squares_solution(tokenizer: Any) -> None:
     curvature += 1e-4 * curvature.diagonal().mean() * torch.eye(WIDTH)
     T = E[y] @ torch.linalg.inv(curvature)
     T = T * readout.gain / (T * E[y]).sum(1, keepdim=True)
+    T = torch.cat([T, T.new_ones(len(T), 1)], 1)  # and what tells them from general text
     V = T.mT @ K @ torch.linalg.inv(K.mT @ K + readout.prior.double())
     close(readout.values, V)
-    # ... and the logits move by E V k.
+    # ... and the logits move by E g(f) V k.
     ids = torch.tensor([[256, *b"red fish?"]])
     with torch.no_grad():
         shown = learner.model(ids).logits[0, -1]
         with adaptation_of(learner.model).inactive():
             plain = learner.model(ids).logits[0, -1]
-    moved = (E @ V @ pairs(learner.model, ROWS[:1])[0][0]).float()
+    answer = V @ pairs(learner.model, ROWS[:1])[0][0]
+    gate = ((answer[-1] - FAMILIAR) / (1 - FAMILIAR)).clamp(0, 1)
+    assert gate > 0.5
+    moved = (E @ answer[:-1] * gate).float()
     close(shown - plain, moved)
 
 
@@ -218,6 +223,24 @@ def test_general_text_is_left_alone(tokenizer: Any) -> None:
         ).item()
 
     assert moved(text) < 0.2 * moved(None)
+
+
+def test_nothing_is_added_where_nothing_is_familiar() -> None:
+    answers = torch.tensor(
+        [[3.0, -2.0, f] for f in (-1.0, 0.2, FAMILIAR, (FAMILIAR + 1) / 2, 1.0, 7.0)]
+    )
+    right = torch.tensor([0.0, 0.0, 0.0, 0.5, 1.0, 1.0])[:, None] * answers[:, :2]
+    torch.testing.assert_close(gated(answers), right)
+
+
+def test_a_readout_of_many_numbers_keeps_them_all(tokenizer: Any) -> None:
+    """Its sums have more rows than the changes of an added memory begin with."""
+    model = nl.adapt(tiny_model(), method="readout", rank=600, calibration=None)
+    learner = nl.Learner(model, tokenizer)
+    learner.learn(ROWS)
+    sums = adaptation_of(model).readout.sums
+    assert len(sums) == 600 + WIDTH + 1
+    assert sums[600:].any(1).all()
 
 
 def test_it_copies_and_texts_are_learned_too(tokenizer: Any) -> None:

@@ -115,7 +115,7 @@ def test_elastic_weights_hold_after_a_task(tokenizer: Any) -> None:
 @pytest.mark.parametrize("kind", ["readout", "added", "naive"])
 def test_all_learn_to_classify(tokenizer: Any, kind: str) -> None:
     model = tiny_model()
-    # Memories of a model of random weights recall what was written; it has no idea of what is alike.
+    # With random weights memories recall what was written; the model knows nothing alike.
     prompts = PROMPTS if kind == "naive" else [f"q {n} y:" for n in NAMES]
     untaught = Writing(model, tokenizer).classify(prompts, LABELS)
     assert untaught != [0, 1, 2]

@@ -116,7 +116,7 @@ class Target:
     @property
     def in_slots(self) -> bool:
         """Whether its rows are an added memory's slots: a change may have fewer rows then."""
-        return CHILD in self.module._modules
+        return isinstance(self.module._modules.get(CHILD), AddedMemory)
 
 
 @dataclasses.dataclass

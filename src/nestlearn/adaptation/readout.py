@@ -38,7 +38,7 @@ TARGET = "readout"
 RANK = 3072
 """Numbers in a key, r, unless something else is asked for."""
 RIDGE, GENERAL, GAIN = 0.01, 100.0, 100.0
-FAMILIAR = 0.5
+FAMILIAR = 0.6
 """c, below which a place counts as general text."""
 
 

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer
 
-from nestlearn.adaptation.sites import find_attention, find_blocks
+from nestlearn.adaptation.sites import block_paths, find_attention
 
 POOLED = 6
 """Blocks whose states are averaged, B: evenly spaced, the last among them."""
@@ -104,7 +104,7 @@ class ReadoutKeys(nn.Module):
     def watch(self, model: Any, handle: Any) -> list[Any]:
         """Hooks on the blocks; they look while ``handle.reads`` is true."""
         hooks = []
-        for paths, kept in ((find_attention(model), None), (find_blocks(model), self.pooled)):
+        for paths, kept in ((find_attention(model), None), (block_paths(model), self.pooled)):
             for i, path in enumerate(paths):
                 if kept is None or i in kept:
                     hook = _Reads(handle, self, "attention" if kept is None else "states")

@@ -167,13 +167,13 @@ def find_attention(model: nn.Module) -> tuple[str, ...]:
     )
 
 
-def find_blocks(model: nn.Module) -> tuple[str, ...]:
+def block_paths(model: nn.Module) -> tuple[str, ...]:
     """Paths of the blocks, from the input up.
 
     Raises:
         ValueError: none are recognised.
     """
-    prefix, blocks = _blocks(model)
+    prefix, blocks = find_blocks(model)
     return tuple(f"{prefix}.{i}" for i in range(len(blocks)))
 
 
