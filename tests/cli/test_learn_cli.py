@@ -65,7 +65,7 @@ def test_learn_reads_examples_into_a_readout(base: str, tmp_path: Path, capsys: 
     path, memory = tmp_path / "rows.jsonl", tmp_path / "me.nlmem"
     path.write_text("\n".join(map(json.dumps, rows)))
     command = ["learn", "--model", base, "--memory", str(memory), str(path)]
-    assert main([*command, "--method", "readout", "--rank", "32", "--held-out", str(path)]) == 0
+    assert main([*command, "--method", "readout", "--rank", "512", "--held-out", str(path)]) == 0
     out = capsys.readouterr().out
     assert "learned 10 tokens of 2 documents" in out and "perplexity changed by -" in out
     found = read_memory(memory)
