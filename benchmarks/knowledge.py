@@ -132,7 +132,7 @@ def run_cell(
         questions = [(p, (f"{p.document}\n\n{q}", a)) for p, (q, a) in questions]
     found = task.cloze_scores(asked, tokenizer, [item for _, item in cloze])
     row |= {f"cloze_{k}": v for k, v in found.items()}
-    if not tuning:
+    if not tuning and plan.get("questions", True):
         found = task.question_scores(asked, tokenizer, [item for _, item in questions])
         row |= {f"questions_{k}": v for k, v in found.items()}
     row |= {

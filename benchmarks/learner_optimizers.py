@@ -15,6 +15,7 @@ beside them.
 from __future__ import annotations
 
 import functools
+import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -23,14 +24,16 @@ from typing import Any
 
 import torch
 from common import Results, arguments, data_root, out_path, table
-from knowledge import unrelated
+from knowledge import SLOTS, unrelated
 from torch import Tensor
 
-SEED = 1000
+from nestlearn.evals.harness.parallel import in_parallel
+
 FIRST = 4  # passages that forgetting is measured on
 PERIODS = (64, 512, 4096)
-ADAM_RATES = (5e-4, 1e-3, 2e-3)
-SGD_RATES = (5e-2, 1e-1, 2e-1)
+RATES = (0.1, 0.2, 0.4)
+SGD_RATES = (100.0, 200.0, 400.0)  # a value's gradient is far below 1
+LEARNERS_OWN = "AdamW", 0.2  # whose recall is the one to compare at
 
 
 def choices() -> dict[str, tuple[Any, tuple[float, ...]]]:
@@ -43,16 +46,16 @@ def choices() -> dict[str, tuple[Any, tuple[float, ...]]]:
     delta = functools.partial(DeltaMomentum, momentum=0.9, normalize=True)
     fast = f"every {PERIODS[0]}"
     return {
-        "AdamW": ("adamw", ADAM_RATES),
+        "AdamW": ("adamw", RATES),
         "SGD momentum": ("sgd", SGD_RATES),
         "DeltaMomentum": (delta, SGD_RATES),
-        "M3": (matrix(), ADAM_RATES),
+        "M3": (matrix(), RATES),
         "Muon (M3 without slow and second moment)": (
             matrix(alpha=0.0, second_moment=False),
-            ADAM_RATES,
+            RATES,
         ),
-        "AdamW fast, M3 slow": ({fast: "adamw", "*": matrix()}, ADAM_RATES),
-        "M3 fast, AdamW slow": ({fast: matrix(), "*": "adamw"}, ADAM_RATES),
+        "AdamW fast, M3 slow": ({fast: "adamw", "*": matrix()}, RATES),
+        "M3 fast, AdamW slow": ({fast: matrix(), "*": "adamw"}, RATES),
     }
 
 
@@ -68,17 +71,17 @@ def surprise(model: Any, tokenizer: Any, texts: Sequence[str]) -> float:
     return total / count
 
 
-def run_cell(name: str, lr: float, plan: dict[str, Any]) -> dict[str, Any]:
+def run_cell(name: str, lr: float, seed: int, plan: dict[str, Any]) -> dict[str, Any]:
     """Read the passages with one optimizer and one rate, then ask."""
     import nestlearn as nl
     from nestlearn.cli.pretrained import load_pretrained
     from nestlearn.evals import knowledge as task
 
-    torch.manual_seed(SEED)
+    torch.manual_seed(seed)
     model, tokenizer = load_pretrained(plan["model_path"])
     data = data_root() / "squad_knowledge" / "squad_val.json.gz"
-    passages = task.load_passages(data, plan["passages"], SEED)
-    nl.adapt(model, [nl.Level(period=p) for p in PERIODS], frozen=0.5, seed=SEED)
+    passages = task.load_passages(data, plan["passages"], seed)
+    nl.adapt(model, [nl.Level(period=p) for p in PERIODS], slots=SLOTS, seed=seed)
     learner = nl.Learner(
         model, tokenizer, lr=lr, repeats=plan["repeats"], optimizer=choices()[name][0], snapshots=0
     )
@@ -95,7 +98,8 @@ def run_cell(name: str, lr: float, plan: dict[str, Any]) -> dict[str, Any]:
     recall = task.cloze_scores(model, tokenizer, [item for p in passages for item in p.cloze])
     other = unrelated(tokenizer, plan["unrelated_tokens"])
     return {
-        "optimizer": name, "lr": lr, "recall": recall["log_prob"], "accuracy": recall["accuracy"],
+        "optimizer": name, "lr": lr, "seed": seed, "recall": recall["log_prob"],
+        "accuracy": recall["accuracy"],
         "perplexity": task.perplexity(model, other), "surprise_before": before,
         "surprise_read": after, "surprise_end": end, "forgetting": end - after,
         "learning_cpu_seconds": learning,
@@ -120,6 +124,21 @@ def at_recall(rows: Sequence[dict[str, Any]], recall: float, key: str) -> float 
     return min(found, default=None)
 
 
+def means(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row per rate: the mean over seeds.
+
+    Example:
+        >>> means([{"lr": 0.1, "x": 1.0}, {"lr": 0.1, "x": 3.0}])
+        [{'lr': 0.1, 'x': 2.0}]
+    """
+    found = []
+    for lr in sorted({row["lr"] for row in rows}):
+        own = [row for row in rows if row["lr"] == lr]
+        keys = [k for k, v in own[0].items() if isinstance(v, float)]
+        found.append({k: statistics.fmean(row[k] for row in own) for k in keys})
+    return found
+
+
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
     """Damage and forgetting over recall."""
     import matplotlib
@@ -129,7 +148,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.4))
     for name in dict.fromkeys(row["optimizer"] for row in rows):
-        own = sorted((r for r in rows if r["optimizer"] == name), key=lambda r: r["lr"])
+        own = means([r for r in rows if r["optimizer"] == name])
         for axis, key in ((left, "perplexity"), (right, "forgetting")):
             axis.plot([r["recall"] for r in own], [r[key] for r in own], "o-", ms=3, label=name)
     left.set(xlabel="recall: log-probability of cloze answers", ylabel="perplexity of WikiText-2")
@@ -147,54 +166,70 @@ def main() -> None:
     parser.add_argument("--optimizers", nargs="*", choices=list(choices()), default=list(choices()))
     parser.add_argument("--passages", type=int, default=20)
     parser.add_argument("--repeats", type=int, default=4, help="gradient steps per segment")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--jobs", type=int, default=2, help="cells at a time, one thread each")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
     passages, tokens = (5, 1024) if args.quick else (args.passages, 8192)
     results = Results(
         out_path(args),
         question="Which optimizer of a level forgets least at equal recall?",
         settings={"passages": passages, "repeats": args.repeats, "unrelated_tokens": tokens,
                   "first": FIRST, "periods": PERIODS, "model": Path(args.model).name},
-        seeds=[SEED],
-        threads=args.threads,
+        seeds=list(range(args.seeds)),
+        threads=1,
         fresh=args.fresh,
     )  # fmt: skip
     plan = {"passages": passages, "repeats": args.repeats, "unrelated_tokens": tokens,
             "model_path": args.model}  # fmt: skip
-    for name in args.optimizers:
-        for lr in choices()[name][1]:
-            cell = f"{name}/{lr:g}"
-            if not results.done(cell):
-                row = run_cell(name, lr, plan)
-                results.add(cell, row)
-                print(f"  {cell}: {row['recall']:.3f} {row['perplexity']:.2f} "
-                      f"{row['forgetting']:.3f}", file=sys.stderr, flush=True)  # fmt: skip
+
+    def done(cell: str, row: dict[str, Any]) -> None:
+        results.add(cell, row)
+        said = row.get("error") or " ".join(
+            f"{key} {row[key]:.3f}" for key in ("recall", "perplexity", "forgetting")
+        )
+        print(f"  {cell}: {said}", file=sys.stderr, flush=True)
+
+    cells = {
+        f"{name}/{lr:g}/seed{seed}": (name, lr, seed, plan)
+        for seed in range(args.seeds)
+        for name in args.optimizers
+        for lr in choices()[name][1]
+    }
+    missing = {cell: given for cell, given in cells.items() if not results.done(cell)}
+    in_parallel(run_cell, missing, args.jobs, done)
     rows = results.record["rows"]
-    usable = [r for r in rows if isinstance(r["recall"], float)]
-    # The recall at which to compare: AdamW's at the learner's own rate.
-    level = results.get("AdamW/0.001")
+    usable = [r for r in rows if isinstance(r.get("recall"), float)]
+    at = means([r for r in usable if r["optimizer"] == LEARNERS_OWN[0]])
+    level = next((r["recall"] for r in at if r["lr"] == LEARNERS_OWN[1]), None)
     summary: dict[str, Any] = {}
     if level is not None:
         for name in dict.fromkeys(row["optimizer"] for row in usable):
-            own = [r for r in usable if r["optimizer"] == name]
+            of_all = [r for r in usable if r["optimizer"] == name]
+            own = means(of_all)
             summary[name] = {
-                key: at_recall(own, level["recall"], key) for key in ("perplexity", "forgetting")
-            } | {"best_recall": max(r["recall"] for r in own)}
-        results.summarise({"recall": level["recall"], "optimizers": summary})
+                key: at_recall(own, level, key) for key in ("perplexity", "forgetting")
+            } | {
+                "best_recall": max(r["recall"] for r in own),
+                "seeds": len({r["seed"] for r in of_all}),
+            }
+        results.summarise({"recall": level, "optimizers": summary})
     table(
         "Every rate",
-        ("optimizer", "rate", "recall", "accuracy", "unrelated", "forgetting", "CPU s"),
+        ("optimizer", "rate", "seed", "recall", "accuracy", "unrelated", "forgotten", "CPU s"),
         [
-            (r["optimizer"], r["lr"], r["recall"], r["accuracy"], r["perplexity"], r["forgetting"],
-             r["learning_cpu_seconds"])
-            for r in rows
+            (r["optimizer"], r["lr"], r["seed"], r["recall"], r["accuracy"], r["perplexity"],
+             r["forgetting"], r["learning_cpu_seconds"])
+            for r in usable
         ],
     )  # fmt: skip
     if summary and level is not None:
         table(
-            f"At recall {level['recall']:.3f}",
-            ("optimizer", "unrelated", "forgetting", "best recall of its rates"),
-            [(n, s["perplexity"], s["forgetting"], s["best_recall"]) for n, s in summary.items()],
+            f"At recall {level:.3f}, means over seeds",
+            ("optimizer", "unrelated", "forgotten", "best recall of its rates", "seeds"),
+            [
+                (n, *(s[k] for k in ("perplexity", "forgetting", "best_recall", "seeds")))
+                for n, s in summary.items()
+            ],
         )
     if len(usable) > 1 and not args.quick:
         plot(usable, out_path(args).with_suffix(".png"))

@@ -29,7 +29,7 @@ PERIODS: tuple[tuple[int, ...], ...] = (
     (64, 256, 1024, 4096),
 )
 BASE = 64  # the period that `lr` is meant for
-RATES = (0.1, 0.2)
+RATES = (0.2, 0.1)
 COLUMNS = ("cloze_accuracy", "cloze_log_prob", "perplexity_unrelated", "forgotten_nats")
 
 
@@ -46,6 +46,7 @@ def main() -> None:
     parser.add_argument("--passages", type=int, default=40)
     parser.add_argument("--repeats", type=int, default=4, help="gradient steps per segment")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--rates", type=float, nargs="*", default=RATES, help="now; others later")
     parser.add_argument("--jobs", type=int, default=2, help="cells at a time, one thread each")
     args = parser.parse_args()
     passages, tokens = (4, 2048) if args.quick else (args.passages, 16_384)
@@ -59,13 +60,13 @@ def main() -> None:
         fresh=args.fresh,
     )  # fmt: skip
     plan = {"repeats": args.repeats, "unrelated_tokens": tokens, "model_path": args.model,
-            "passages": passages}  # fmt: skip
+            "passages": passages, "questions": False}  # fmt: skip
     cells = {
         f"{'-'.join(map(str, periods))}/lr={lr:g}/seed{seed}": (
             "nestlearn", setting(periods, lr), seed, False,
         )
+        for lr in args.rates
         for seed in range(args.seeds)
-        for lr in RATES
         for periods in PERIODS
     }  # fmt: skip
     run(results, cells, plan, args.jobs)
