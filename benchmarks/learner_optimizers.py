@@ -33,12 +33,12 @@ FIRST = 4  # passages that forgetting is measured on
 PERIODS = (64, 512, 4096)
 RATES = (0.1, 0.2, 0.4)
 SGD_RATES = (100.0, 200.0, 400.0)  # a value's gradient is far below 1
-LEARNERS_OWN = "AdamW", 0.2  # whose recall is the one to compare at
+LEARNERS_OWN = "RowAdam", 0.2  # whose recall is the one to compare at
 
 
 def choices() -> dict[str, tuple[Any, tuple[float, ...]]]:
     """Name -> (what `nl.Learner` takes as ``optimizer``, rates)."""
-    from nestlearn.optim import M3, DeltaMomentum
+    from nestlearn.optim import M3, DeltaMomentum, RowAdam
 
     def matrix(**setting: Any) -> Callable[..., torch.optim.Optimizer]:
         return functools.partial(M3, weight_decay=0.0, **setting)
@@ -46,7 +46,8 @@ def choices() -> dict[str, tuple[Any, tuple[float, ...]]]:
     delta = functools.partial(DeltaMomentum, momentum=0.9, normalize=True)
     fast = f"every {PERIODS[0]}"
     return {
-        "AdamW": ("adamw", RATES),
+        "RowAdam": ("rowadam", RATES),  # the learner's own
+        "AdamW": ("adamw", (0.025, 0.05, 0.1)),
         "SGD momentum": ("sgd", SGD_RATES),
         "DeltaMomentum": (delta, SGD_RATES),
         "M3": (matrix(), RATES),
@@ -54,8 +55,8 @@ def choices() -> dict[str, tuple[Any, tuple[float, ...]]]:
             matrix(alpha=0.0, second_moment=False),
             RATES,
         ),
-        "AdamW fast, M3 slow": ({fast: "adamw", "*": matrix()}, RATES),
-        "M3 fast, AdamW slow": ({fast: matrix(), "*": "adamw"}, RATES),
+        "RowAdam fast, M3 slow": ({fast: RowAdam, "*": matrix()}, RATES),
+        "M3 fast, RowAdam slow": ({fast: matrix(), "*": RowAdam}, RATES),
     }
 
 

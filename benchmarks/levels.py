@@ -1,11 +1,12 @@
 """Effect of levels: recall against forgetting with one to four levels, at an equal budget.
 
 A pre-trained model reads passages once in a stream, as in `knowledge.py`. A level of period C
-with AdamW travels one learning rate every C tokens, so level l of L gets the rate
+with Adam travels one learning rate every C tokens, so level l of L gets the rate
 ``lr * C_l / (64 L)``: every level travels as far per token as every other one, and all of them
 together as far as a single level of period 64 would with ``lr``. What differs is only how the way
 is shared out between fast and slow levels. Two learning rates show recall and forgetting as a
-curve, not as a point.
+curve, not as a point. Added memories and the paper's placement (blocks shared out to levels by
+depth) are measured alike; rates of placement are fine-tuning's.
 
     python benchmarks/levels.py --model FOLDER            # everything (resumes)
 """
@@ -29,14 +30,15 @@ PERIODS: tuple[tuple[int, ...], ...] = (
     (64, 256, 1024, 4096),
 )
 BASE = 64  # the period that `lr` is meant for
-RATES = (0.2, 0.1)
+RATES = {"added": (0.2, 0.1), "placement": (5e-5, 2.5e-5)}
 COLUMNS = ("cloze_accuracy", "cloze_log_prob", "perplexity_unrelated", "forgotten_nats")
 
 
-def setting(periods: tuple[int, ...], lr: float) -> dict[str, Any]:
+def setting(periods: tuple[int, ...], lr: float, method: str) -> dict[str, Any]:
     """What `knowledge.run_cell` needs: a learning-rate scale per level, see above."""
     scales = [p / (BASE * len(periods)) for p in periods]
-    return {"lr": lr, "periods": list(periods), "scales": scales}
+    kind = {} if method == "added" else {"method": method}
+    return {"lr": lr, "periods": list(periods), "scales": scales} | kind
 
 
 def main() -> None:
@@ -46,7 +48,8 @@ def main() -> None:
     parser.add_argument("--passages", type=int, default=40)
     parser.add_argument("--repeats", type=int, default=4, help="gradient steps per segment")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--rates", type=float, nargs="*", default=RATES, help="now; others later")
+    parser.add_argument("--methods", nargs="*", choices=list(RATES), default=list(RATES))
+    parser.add_argument("--rates", type=float, nargs="*", help="only these, of the grid")
     parser.add_argument("--jobs", type=int, default=2, help="cells at a time, one thread each")
     args = parser.parse_args()
     passages, tokens = (4, 2048) if args.quick else (args.passages, 16_384)
@@ -54,7 +57,7 @@ def main() -> None:
         out_path(args),
         question="Do several levels recall more, or forget less, than one at the same budget?",
         settings={"passages": passages, "repeats": args.repeats, "unrelated_tokens": tokens,
-                  "model": Path(args.model).name, "rates": RATES},
+                  "model": Path(args.model).name},
         seeds=list(range(args.seeds)),
         threads=1,
         fresh=args.fresh,
@@ -63,23 +66,27 @@ def main() -> None:
             "passages": passages, "questions": False}  # fmt: skip
     cells = {
         f"{'-'.join(map(str, periods))}/lr={lr:g}/seed{seed}": (
-            "nestlearn", setting(periods, lr), seed, False,
+            "nestlearn", setting(periods, lr, method), seed, False,
         )
-        for lr in args.rates
+        for method in args.methods
+        for lr in RATES[method]
+        if not args.rates or lr in args.rates
         for seed in range(args.seeds)
         for periods in PERIODS
     }  # fmt: skip
     run(results, cells, plan, args.jobs)
     summary: dict[str, Any] = {}
-    for lr in RATES:
-        for periods in PERIODS:
-            name = f"{'-'.join(map(str, periods))}, lr {lr:g}"
-            rows = [r for r in results.rows(setting=setting(periods, lr)) if "error" not in r]
-            if rows:
-                summary[name] = {k: statistics.fmean(r[k] for r in rows) for k in COLUMNS}
-                values = [r["cloze_log_prob"] for r in rows]
-                summary[name]["log_prob_sd"] = statistics.stdev(values) if len(rows) > 1 else 0.0
-                summary[name]["seeds"] = len(rows)
+    for method, lr, periods in (
+        (method, lr, p) for method, rates in RATES.items() for lr in rates for p in PERIODS
+    ):
+        name = f"{method}, {'-'.join(map(str, periods))}, lr {lr:g}"
+        chosen = setting(periods, lr, method)
+        rows = [r for r in results.rows(setting=chosen) if "error" not in r]
+        if rows:
+            summary[name] = {k: statistics.fmean(r[k] for r in rows) for k in COLUMNS}
+            values = [r["cloze_log_prob"] for r in rows]
+            summary[name]["log_prob_sd"] = statistics.stdev(values) if len(rows) > 1 else 0.0
+            summary[name]["seeds"] = len(rows)
     results.summarise(summary)
     table(
         "Levels at an equal budget",
