@@ -102,7 +102,11 @@ class Scripted(Experiment):
         done = subprocess.run([sys.executable, str(script), *given], stdout=subprocess.DEVNULL)
         if done.returncode:
             raise RuntimeError(f"{script.name} ended with status {done.returncode}; see above")
-        return {"flags": cell["flags"], "out": cell["out"], "rows": len(read(cell["out"])["rows"])}
+        return {
+            "flags": cell["flags"],
+            "out": Path(cell["out"]).name,
+            "rows": len(read(cell["out"])["rows"]),
+        }
 
     def summary(self, row: dict[str, Any]) -> str:
         """How much is in the script's file."""
