@@ -2,9 +2,11 @@
 
 SmolLM2 with three added levels reads passages (SQuAD) once, one after the other, with the levels'
 optimizers exchanged. Every optimizer has a grid of rates; per rate: recall (mean log-probability of
-cloze answers), damage (perplexity of WikiText-2) and forgetting (by how many nats per token the
-surprise about the first passages rose from right after they were read to the end). As more learning
-costs more, optimizers are compared at one recall, between the rates of their grid (`at_recall`).
+cloze answers), damage (perplexity of WikiText-2), forgetting (by how many nats per token the
+surprise about the first passages rose from right after they were read to the end), and that
+surprise itself: an optimizer that had hardly learned the first passages when they had been read has
+nothing to forget. As more learning costs more, optimizers are compared at one recall, between the
+rates of their grid (`at_recall`), each on the seeds that it was run with.
 
 DGD is not among them: it needs the layers that own the weights, and what a level learns is a change
 beside them.
@@ -34,6 +36,7 @@ PERIODS = (64, 512, 4096)
 RATES = (0.1, 0.2, 0.4)
 SGD_RATES = (100.0, 200.0, 400.0)  # a value's gradient is far below 1
 LEARNERS_OWN = "RowAdam", 0.2  # whose recall is the one to compare at
+AT = ("perplexity", "forgetting", "surprise_end")
 
 
 def choices() -> dict[str, tuple[Any, tuple[float, ...]]]:
@@ -109,13 +112,16 @@ def run_cell(name: str, lr: float, seed: int, plan: dict[str, Any]) -> dict[str,
 
 def at_recall(rows: Sequence[dict[str, Any]], recall: float, key: str) -> float | None:
     """``key`` of ``rows`` where recall is the one given: on the straight line between the two
-    rates that enclose it, the smaller one where several pairs do; None where none does.
+    rates that enclose it, the smaller one where several pairs do; None where none does. Rates
+    above that of the best recall do not count: they cost more and recall less.
 
     Example:
         >>> at_recall([{"recall": -3.0, "x": 1.0}, {"recall": -2.0, "x": 3.0}], -2.5, "x")
         2.0
     """
     ordered = sorted(rows, key=lambda row: row["lr"] if "lr" in row else row["recall"])
+    best = max(range(len(ordered)), key=lambda i: ordered[i]["recall"], default=-1)
+    ordered = ordered[: best + 1]
     found = []
     for a, b in zip(ordered, ordered[1:], strict=False):
         low, high = sorted((a["recall"], b["recall"]))
@@ -135,8 +141,26 @@ def means(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     found = []
     for lr in sorted({row["lr"] for row in rows}):
         own = [row for row in rows if row["lr"] == lr]
-        keys = [k for k, v in own[0].items() if isinstance(v, float)]
-        found.append({k: statistics.fmean(row[k] for row in own) for k in keys})
+        keys = [k for k, v in own[0].items() if isinstance(v, float) and k != "lr"]
+        found.append({"lr": lr} | {k: statistics.fmean(row[k] for row in own) for k in keys})
+    return found
+
+
+def compared(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Per optimizer: what it has at the recall of `LEARNERS_OWN` on the same seeds."""
+    name, rate = LEARNERS_OWN
+    recall = {r["seed"]: r["recall"] for r in rows if r["optimizer"] == name and r["lr"] == rate}
+    found: dict[str, Any] = {}
+    for each in dict.fromkeys(row["optimizer"] for row in rows):
+        own = [r for r in rows if r["optimizer"] == each]
+        seeds = {r["seed"] for r in own}
+        if seeds <= recall.keys():
+            level = statistics.fmean(recall[seed] for seed in sorted(seeds))
+            found[each] = {key: at_recall(means(own), level, key) for key in AT} | {
+                "recall": level,
+                "best_recall": max(r["recall"] for r in means(own)),
+                "seeds": len(seeds),
+            }
     return found
 
 
@@ -148,13 +172,16 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     from matplotlib import pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.4))
+    most = max(len({r["seed"] for r in rows if r["optimizer"] == n["optimizer"]}) for n in rows)
     for name in dict.fromkeys(row["optimizer"] for row in rows):
         own = means([r for r in rows if r["optimizer"] == name])
-        for axis, key in ((left, "perplexity"), (right, "forgetting")):
+        if len({r["seed"] for r in rows if r["optimizer"] == name}) < most:
+            continue  # means over other seeds are not comparable
+        for axis, key in ((left, "perplexity"), (right, "surprise_end")):
             axis.plot([r["recall"] for r in own], [r[key] for r in own], "o-", ms=3, label=name)
     left.set(xlabel="recall: log-probability of cloze answers", ylabel="perplexity of WikiText-2")
     right.set(xlabel="recall: log-probability of cloze answers")
-    right.set_ylabel("rise of surprise about the first passages (nats)")
+    right.set_ylabel("surprise about the first passages at the end (nats)")
     left.legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
@@ -200,20 +227,8 @@ def main() -> None:
     in_parallel(run_cell, missing, args.jobs, done)
     rows = results.record["rows"]
     usable = [r for r in rows if isinstance(r.get("recall"), float)]
-    at = means([r for r in usable if r["optimizer"] == LEARNERS_OWN[0]])
-    level = next((r["recall"] for r in at if r["lr"] == LEARNERS_OWN[1]), None)
-    summary: dict[str, Any] = {}
-    if level is not None:
-        for name in dict.fromkeys(row["optimizer"] for row in usable):
-            of_all = [r for r in usable if r["optimizer"] == name]
-            own = means(of_all)
-            summary[name] = {
-                key: at_recall(own, level, key) for key in ("perplexity", "forgetting")
-            } | {
-                "best_recall": max(r["recall"] for r in own),
-                "seeds": len({r["seed"] for r in of_all}),
-            }
-        results.summarise({"recall": level, "optimizers": summary})
+    summary = compared(usable)
+    results.summarise(summary)
     table(
         "Every rate",
         ("optimizer", "rate", "seed", "recall", "accuracy", "unrelated", "forgotten", "CPU s"),
@@ -223,15 +238,13 @@ def main() -> None:
             for r in usable
         ],
     )  # fmt: skip
-    if summary and level is not None:
-        table(
-            f"At recall {level:.3f}, means over seeds",
-            ("optimizer", "unrelated", "forgotten", "best recall of its rates", "seeds"),
-            [
-                (n, *(s[k] for k in ("perplexity", "forgetting", "best_recall", "seeds")))
-                for n, s in summary.items()
-            ],
-        )
+    table(
+        f"Where recall is that of {LEARNERS_OWN[0]} at {LEARNERS_OWN[1]:g}, means over seeds",
+        ("optimizer", "recall", "unrelated", "forgotten", "surprise at the end", "best recall",
+         "seeds"),
+        [(n, s["recall"], *(s[k] for k in AT), s["best_recall"], s["seeds"])
+         for n, s in summary.items()],
+    )  # fmt: skip
     if len(usable) > 1 and not args.quick:
         plot(usable, out_path(args).with_suffix(".png"))
 
