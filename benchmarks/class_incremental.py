@@ -140,7 +140,7 @@ def run_cell(
         "average_accuracy": statistics.fmean(matrix[-1]), "accuracy_matrix": matrix,
         "classes": len(stream.seen(last)), "asked_at_the_end": len(asked),
         "setup_seconds": setup, "learning_seconds": learning,
-        "seconds": time.perf_counter() - began,
+        "seconds": time.perf_counter() - began, "dtype": str(model.dtype),
     }  # fmt: skip
     if len(matrix) == last + 1 > 1:
         row |= {name: metric(matrix) for name, metric in METRICS.items()}

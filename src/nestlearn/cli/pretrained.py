@@ -12,7 +12,8 @@ def load_pretrained(name: str, dtype: Dtype = "auto", device: str = "auto") -> t
     """Model (in evaluation mode) and tokenizer of a folder, a GGUF file or a Hugging Face id.
 
     ``dtype="auto"`` is what the weights are stored in, but float16, which CPUs are slow with,
-    becomes bfloat16.
+    becomes bfloat16; and on a CPU that only emulates bfloat16 both become float32, if main memory
+    has room for that. What was decided so is said on standard error.
 
     Raises:
         ValueError: nothing there, no causal language model, or no tokenizer.
@@ -41,7 +42,30 @@ def load_pretrained(name: str, dtype: Dtype = "auto", device: str = "auto") -> t
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
     moved: Any = model.eval().to(device=device)
-    return moved.to(torch.bfloat16) if model.dtype == torch.float16 else moved, tokenizer
+    if dtype == "auto" and device == "cpu" and model.dtype in (torch.bfloat16, torch.float16):
+        moved = _fast_type(moved)
+    return moved.to(torch.bfloat16) if moved.dtype == torch.float16 else moved, tokenizer
+
+
+def _fast_type(model: Any) -> Any:
+    """A 16-bit model in float32, where the CPU is faster with it and there is room."""
+    import sys
+
+    import torch
+
+    from nestlearn.cli.machine import memory, processor, slow_with_bf16
+
+    if not slow_with_bf16(processor()):
+        return model
+    more = 2 * sum(p.numel() for p in model.parameters())
+    free = memory()["available"]
+    said = "this CPU only emulates bfloat16"
+    if free is not None and more > free // 2:
+        print(f"{said}, and memory is too small for float32: expect it to be slow", file=sys.stderr)
+        return model
+    print(f"{said}: weights are held in float32, which is faster (--dtype bf16 keeps them small)",
+          file=sys.stderr)  # fmt: skip
+    return model.to(torch.float32)
 
 
 def _place(name: str) -> tuple[str, dict[str, Any]]:
