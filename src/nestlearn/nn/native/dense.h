@@ -1,6 +1,7 @@
 // Small dense kernels in cache: matrix products, transposes, sigmoid. Row-major, any element type.
 //
 // Written with the compilers' vector extensions, so that one source serves AVX-512, AVX2 and NEON.
+// Vectors are as long as the machine's registers: compilers split longer ones through memory.
 // Matrices here are some 64 x 64: calls to a BLAS library would spend a good part of their time on
 // dispatch, and no library fuses what comes between the products.
 #pragma once
@@ -17,7 +18,22 @@
 #define INDEPENDENT _Pragma("GCC ivdep")
 #endif
 
+#if defined(__AVX512F__)
+#define VECTOR_BYTES 64
+#elif defined(__AVX__)
+#define VECTOR_BYTES 32
+#else
+#define VECTOR_BYTES 16
+#endif
+
 namespace dense {
+
+// Vector registers there are: a tile's sums have to fit.
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr bool MANY_REGISTERS = true;  // 32
+#else
+constexpr bool MANY_REGISTERS = false;  // 16
+#endif
 
 // While it lives, this thread reads and writes denormal numbers as 0: they are up to a hundred times
 // slower, and a rate or a retention that is nearly 0 makes whole matrices of them.
@@ -43,9 +59,11 @@ class NoDenormals {
 
 template <typename T>
 struct Vector {
-    static constexpr long width = 64 / sizeof(T);
-    typedef T type __attribute__((vector_size(64), aligned(sizeof(T)), may_alias));
+    static constexpr long width = VECTOR_BYTES / sizeof(T);
+    typedef T type __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(T)), may_alias));
 };
+
+constexpr long LANES = Vector<float>::width;
 
 // R rows by V vectors of C (+)= A B, accumulated in registers. A[i, k] is at A[i * ra + k * ca].
 template <typename T, int R, int V>
@@ -94,10 +112,11 @@ void gemm(long M, long N, long K, const T* A, long ra, long ca, const T* B, long
         return;
     }
     long n = 0;
-    for (; n + 4 * width <= N; n += 4 * width)
-        panel<T, 6, 4>(M, K, A, ra, ca, B + n, ldb, C + n, ldc, add);
+    if constexpr (MANY_REGISTERS)
+        for (; n + 4 * width <= N; n += 4 * width)
+            panel<T, 6, 4>(M, K, A, ra, ca, B + n, ldb, C + n, ldc, add);
     for (; n + 2 * width <= N; n += 2 * width)
-        panel<T, 12, 2>(M, K, A, ra, ca, B + n, ldb, C + n, ldc, add);
+        panel<T, MANY_REGISTERS ? 12 : 6, 2>(M, K, A, ra, ca, B + n, ldb, C + n, ldc, add);
     for (; n + width <= N; n += width)
         panel<T, 12, 1>(M, K, A, ra, ca, B + n, ldb, C + n, ldc, add);
     if (n == N) return;
@@ -125,24 +144,24 @@ inline void tn(long M, long N, long K, const T* A, const T* B, T* C, bool add = 
     gemm(M, N, K, A, 1, M, B, N, C, N, add);
 }
 
-// One of the four steps of a 16 x 16 transpose: rows i and i + S exchange blocks of S columns.
+// One step of a transpose of LANES x LANES: rows i and i + S exchange blocks of S columns.
 template <int S>
 inline void exchange(typename Vector<float>::type* rows) {
     using vec = typename Vector<float>::type;
-    typedef int32_t index __attribute__((vector_size(64)));
+    typedef int32_t index __attribute__((vector_size(VECTOR_BYTES)));
     index low, high;
-    for (int j = 0; j < 16; j++) {
-        low[j] = j & S ? 16 + j - S : j;
-        high[j] = j & S ? 16 + j : j + S;
+    for (int j = 0; j < LANES; j++) {
+        low[j] = j & S ? LANES + j - S : j;
+        high[j] = j & S ? LANES + j : j + S;
     }
-    for (int i = 0; i < 16; i++) {
+    for (int i = 0; i < LANES; i++) {
         if (i & S) continue;
         const vec a = rows[i], b = rows[i + S];
 #if defined(__clang__)
         vec x, y;
-        for (int j = 0; j < 16; j++) {
-            x[j] = low[j] < 16 ? a[low[j]] : b[low[j] - 16];
-            y[j] = high[j] < 16 ? a[high[j]] : b[high[j] - 16];
+        for (int j = 0; j < LANES; j++) {
+            x[j] = low[j] < LANES ? a[low[j]] : b[low[j] - LANES];
+            y[j] = high[j] < LANES ? a[high[j]] : b[high[j] - LANES];
         }
         rows[i] = x;
         rows[i + S] = y;
@@ -155,13 +174,13 @@ inline void exchange(typename Vector<float>::type* rows) {
 
 inline void transpose_tile(const float* from, long ldf, float* to, long ldt) {
     using vec = typename Vector<float>::type;
-    vec rows[16];
-    for (int i = 0; i < 16; i++) rows[i] = *(const vec*)(from + i * ldf);
+    vec rows[LANES];
+    for (int i = 0; i < LANES; i++) rows[i] = *(const vec*)(from + i * ldf);
     exchange<1>(rows);
     exchange<2>(rows);
-    exchange<4>(rows);
-    exchange<8>(rows);
-    for (int i = 0; i < 16; i++) *(vec*)(to + i * ldt) = rows[i];
+    if constexpr (LANES >= 8) exchange<4>(rows);
+    if constexpr (LANES >= 16) exchange<8>(rows);
+    for (int i = 0; i < LANES; i++) *(vec*)(to + i * ldt) = rows[i];
 }
 
 // to (cols, rows) = from (rows, cols)^T
@@ -173,12 +192,12 @@ void transpose(long rows, long cols, const T* from, T* to) {
     }
     long i = 0;
     if constexpr (sizeof(T) == 4) {
-        const long full = cols - cols % 16;
-        for (; i + 16 <= rows; i += 16) {
-            for (long j = 0; j < full; j += 16)
+        const long full = cols - cols % LANES;
+        for (; i + LANES <= rows; i += LANES) {
+            for (long j = 0; j < full; j += LANES)
                 transpose_tile(from + i * cols + j, cols, to + j * rows + i, rows);
             for (long j = full; j < cols; j++)
-                for (long r = i; r < i + 16; r++) to[j * rows + r] = from[r * cols + j];
+                for (long r = i; r < i + LANES; r++) to[j * rows + r] = from[r * cols + j];
         }
     }
     for (; i < rows; i++)
@@ -222,10 +241,10 @@ inline T dot(long n, const T* a, const T* b) {
     return sum;
 }
 
-// exp of 16 floats, to about one unit in the last place: 2^n times a polynomial of the rest
-inline typename Vector<float>::type exp16(typename Vector<float>::type x) {
+// exp of a vector of floats, to about one unit in the last place: 2^n times a polynomial of the rest
+inline typename Vector<float>::type exponential(typename Vector<float>::type x) {
     using vec = typename Vector<float>::type;
-    typedef int32_t ivec __attribute__((vector_size(64), aligned(4), may_alias));
+    typedef int32_t ivec __attribute__((vector_size(VECTOR_BYTES), aligned(4), may_alias));
     x = x < -87.0f ? vec{} - 87.0f : x;
     x = x > 88.0f ? vec{} + 88.0f : x;
     const vec scaled = x * 1.44269504088896341f;
@@ -247,11 +266,11 @@ inline typename Vector<float>::type exp16(typename Vector<float>::type x) {
 inline void sigmoid(long n, const float* z, float* s) {
     using vec = typename Vector<float>::type;
     long i = 0;
-    for (; i + 16 <= n; i += 16) *(vec*)(s + i) = 1.0f / (1.0f + exp16(-*(const vec*)(z + i)));
+    for (; i + LANES <= n; i += LANES) *(vec*)(s + i) = 1.0f / (1.0f + exponential(-*(const vec*)(z + i)));
     if (i == n) return;
     vec rest = {};
     std::memcpy(&rest, z + i, (n - i) * sizeof(float));
-    rest = 1.0f / (1.0f + exp16(-rest));
+    rest = 1.0f / (1.0f + exponential(-rest));
     std::memcpy(s + i, &rest, (n - i) * sizeof(float));
 }
 
