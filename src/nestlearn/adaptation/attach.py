@@ -265,9 +265,9 @@ def adapt(
       the keys. Text that resembles nothing that was read is left alone; memory files are small.
     - ``method="placement"`` (the paper's §7.3): the MLPs themselves are the levels, shared out by
       depth, the fastest next to the output. No new parameters, large memory files.
-    - ``method="readout"``: one memory at the model's end, whose values are the exact least-squares
-      solution of everything learned, in any order (`nestlearn.adaptation.readout`). Made for
-      examples, above all for classes that come one after the other; no backward passes.
+    - ``method="readout"``: one memory at the model's end, the exact solution of everything learned,
+      in any order (`nestlearn.adaptation.readout`). Made for examples, above all for classes that
+      come one after the other, which it learns as whole completions; no backward passes.
 
     Args:
         model: a decoder-only causal language model.
