@@ -25,6 +25,7 @@ from nestlearn.adaptation.completions import (
     mixed,
     within,
 )
+from nestlearn.adaptation.file import write_memory
 from nestlearn.adaptation.operations import merge
 from nestlearn.adaptation.readout_keys import Read
 from tests.adaptation.conftest import tiny_model
@@ -220,9 +221,10 @@ def test_a_file_with_damaged_completions_is_refused(tokenizer: Any, tmp_path: Pa
     assert read_memory(tmp_path / "a.nlmem").total(COMPLETIONS) is not None
     memory = learner.memory.copy()
     memory.changes["keys"][COMPLETIONS + ".keys"][0, 0] = 0.5
-    nl.Learner(learner.model, tokenizer)  # the model itself is as it was
-    from nestlearn.adaptation.file import write_memory
-
     write_memory(memory, tmp_path / "b.nlmem")
     with pytest.raises(ValueError, match="damaged"):
         read_memory(tmp_path / "b.nlmem")
+    memory.changes["keys"][COMPLETIONS + ".keys"][0, 0] = 1000.0
+    learner.use(memory)
+    with pytest.raises(ValueError, match="tokens that the model has not"):
+        learner.model(torch.tensor([[256, 1]]))

@@ -143,6 +143,8 @@ class Readout(nn.Module):
             return None
         known = None
         if scatter.any():
+            if tokens.max() > len(self.keys.weights):
+                raise ValueError("the readout's completions hold tokens that the model has not")
             known = Completions(tokens, rows, scatter, self.shrinkage)
         return Solved(solve(gram, cross, self.prior), known)
 
