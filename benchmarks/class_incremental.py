@@ -40,7 +40,7 @@ GRIDS: dict[str, list[dict[str, Any]]] = {
         *({"top": 1, "layer": layer, "shrinkage": 0.3} for layer in (9, 12, 15)),
         {"top": 3, "layer": 12},
     ],
-    "nestlearn": [{"gain": 100.0}, {"gain": 300.0}],
+    "nestlearn": [{}],
     "naive": RATES,
     "joint": RATES,
     "replay_5": RATES,
@@ -57,7 +57,6 @@ TOGETHER = ("joint", "joint_4_passes")
 def make(method: str, settings: dict[str, Any], model: Any, tokenizer: Any, plan: Any) -> Any:
     """The method as a `nestlearn.evals.classifiers.Classifier`."""
     import nestlearn as nl
-    from nestlearn.adaptation.attach import adaptation_of
     from nestlearn.adaptation.keys import generate_text
     from nestlearn.evals import classifiers as methods
     from nestlearn.evals.methods import FineTuning
@@ -74,7 +73,6 @@ def make(method: str, settings: dict[str, Any], model: Any, tokenizer: Any, plan
         return methods.InCA(model, tokenizer, **settings)
     if method == "nestlearn":
         nl.adapt(model, method="readout", seed=seed)
-        adaptation_of(model).readout.gain = settings["gain"]
         return methods.Taught(nl.Learner(model, tokenizer, snapshots=0))
     if method == "nestlearn_gradient":
         nl.adapt(model, frozen=0.5, seed=seed)
@@ -120,7 +118,7 @@ def run_cell(
         start = time.perf_counter()
         taught.learn(examples)
         learning += time.perf_counter() - start
-        if tuning and i < last:
+        if (tuning or plan["last_only"]) and i < last:
             continue
         labels = stream.seen(i)
         asked = [(j, text, label) for j in range(i + 1) for text, label in stream.tasks[j].test]
@@ -242,11 +240,15 @@ def main() -> None:
         help="take the middle of the grid where nothing was tuned; a later run measures such cells "
         "again if tuning chooses something else",
     )  # fmt: skip
+    parser.add_argument(
+        "--last-only", action="store_true", help="ask after the last task alone: no forgetting"
+    )
     parser.add_argument("--report", action="store_true", help="only print what was measured")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     scale = "quick" if args.quick else args.scale
     args.name += f"_{args.data}" + ("_full" if scale == "full" else "")
+    args.name += "_last" if args.last_only else ""
     plan: dict[str, Any] = {"data": args.data, **SCALES[scale]}
     path = out_path(args)
     results = Results(
@@ -257,7 +259,7 @@ def main() -> None:
         threads=args.threads,
         fresh=args.fresh,
     )
-    plan["model_path"] = args.model
+    plan |= {"model_path": args.model, "last_only": args.last_only}
 
     def run(cell: str, method: str, settings: dict[str, Any], seed: int, tuning: bool) -> None:
         if results.done(cell) and results.get(cell)["settings"] == settings:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 import nestlearn as nl
 from nestlearn.adaptation import read_memory
 from nestlearn.adaptation.attach import adapt_to, adaptation_of
+from nestlearn.adaptation.completions import means, within
 from nestlearn.adaptation.operations import merge
 from nestlearn.adaptation.readout import FAMILIAR, gated
 from nestlearn.adaptation.readout_keys import LAST
@@ -37,36 +38,41 @@ def sketch(parts: list[torch.Tensor], signs: torch.Tensor) -> torch.Tensor:
     return made
 
 
-def pairs(model: Any, rows: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys by their definition, from one example at a time; tokens."""
+def keys_of(model: Any, tokens: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys ``(T, r)`` of a text's tokens by their definition, and the means within them."""
     handle = adaptation_of(model)
     signs, layers = handle.readout.keys.signs.double(), len(model.model.layers)
-    keys, tokens = [], []
-    for row in rows:
-        prompt, completion = [256, *row["prompt"].encode()], list(row["completion"].encode())
-        seen: list[torch.Tensor] = []
+    seen: list[torch.Tensor] = []
 
-        def keep(module: Any, inputs: Any, output: Any, seen: Any = seen) -> None:
-            one = output if isinstance(output, torch.Tensor) else output[0]
-            seen.append(F.normalize((one[0] if one.dim() == 3 else one).double(), dim=-1))
+    def keep(module: Any, inputs: Any, output: Any) -> None:
+        one = output if isinstance(output, torch.Tensor) else output[0]
+        seen.append(F.normalize((one[0] if one.dim() == 3 else one).double(), dim=-1))
 
-        hooks = [block.self_attn.register_forward_hook(keep) for block in model.model.layers]
-        hooks += [block.register_forward_hook(keep) for block in model.model.layers]
-        with handle.inactive(), torch.no_grad():
-            model(torch.tensor([prompt + completion]))
-        for hook in hooks:
-            hook.remove()
-        # Attention and block take turns; all of these few blocks' states are averaged.
-        attention, states = seen[0::2], seen[1::2]
-        for t in range(len(prompt) - 1, len(prompt) + len(completion) - 1):
-            mean = sketch([h[: t + 1].mean(0) for h in states], signs[layers:])
-            now = sketch([a[t] for a in attention], signs[:layers])
-            token = model.get_input_embeddings().weight[(prompt + completion)[t]].double()
-            mean = mean * (handle.readout.keys.bind.double() @ token).sign()
-            key = mean / mean.norm() + LAST * now / now.norm()
-            keys.append(key / key.norm())
-        tokens += completion
-    return torch.stack(keys), torch.tensor(tokens)
+    hooks = [block.self_attn.register_forward_hook(keep) for block in model.model.layers]
+    hooks += [block.register_forward_hook(keep) for block in model.model.layers]
+    with handle.inactive(), torch.no_grad():
+        model(torch.tensor([tokens]))
+        begin = model(torch.tensor([[256]])).logits[0, 0].double()
+    for hook in hooks:
+        hook.remove()
+    weights = (-begin.log_softmax(0)).sqrt()[tokens]
+    # Attention and block take turns; all of these few blocks' states are averaged.
+    attention, states = seen[0 : 2 * layers : 2], seen[1 : 2 * layers : 2]
+    keys, means = [], []
+    for t in range(len(tokens)):
+        share = (weights[: t + 1] / weights[: t + 1].sum())[:, None]
+        mean = sketch([(share * h[: t + 1]).sum(0) for h in states], signs[layers:])
+        now = sketch([a[t] for a in attention], signs[:layers])
+        token = model.get_input_embeddings().weight[tokens[t]].double()
+        bound = mean * (handle.readout.keys.bind.double() @ token).sign()
+        key = bound / bound.norm() + LAST * now / now.norm()
+        keys.append(key / key.norm())
+        means.append(mean)
+    return torch.stack(keys), torch.stack(means)
+
+
+def prompt_of(row: Any) -> list[int]:
+    return [256, *row["prompt"].encode()]
 
 
 def close(found: torch.Tensor, right: torch.Tensor) -> None:
@@ -74,30 +80,78 @@ def close(found: torch.Tensor, right: torch.Tensor) -> None:
     assert (found.double() - right.double()).norm() < 1e-3 * right.double().norm()
 
 
+TEXT = "the old boat is made of red wood and blue stone"
+
+
 def test_values_are_the_least_squares_solution(tokenizer: Any) -> None:
     learner = learner_of(tokenizer, batch=3)
-    learner.learn(ROWS)
+    learner.learn([TEXT, *ROWS])
     readout = adaptation_of(learner.model).readout
-    K, y = pairs(learner.model, ROWS)
+    text = [256, *TEXT.encode()]
+    K, y = keys_of(learner.model, text)[0][:-1], torch.tensor(text[1:])
     E = learner.model.get_output_embeddings().weight.detach().double()
     curvature = E.mT @ E
     curvature += 1e-4 * curvature.diagonal().mean() * torch.eye(WIDTH)
     T = E[y] @ torch.linalg.inv(curvature)
     T = T * readout.gain / (T * E[y]).sum(1, keepdim=True)
-    T = torch.cat([T, T.new_ones(len(T), 1)], 1)  # and what tells them from general text
+    # Where completions begin nothing is added to h.
+    starts = torch.stack([keys_of(learner.model, prompt_of(row))[0][-1] for row in ROWS])
+    K, T = torch.cat([K, starts]), torch.cat([T, T.new_zeros(len(ROWS), WIDTH)])
+    learned = torch.tensor([1.0, 0.0]).repeat(len(y), 1)  # what tells them from general text
+    begins = torch.tensor([0.0, 1.0]).repeat(len(ROWS), 1)
+    T = torch.cat([T, torch.cat([learned, begins]).to(T)], 1)
     V = T.mT @ K @ torch.linalg.inv(K.mT @ K + readout.prior.double())
     close(readout.values, V)
     # ... and the logits move by E g(f) V k.
-    ids = torch.tensor([[256, *b"red fish?"]])
+    ids = torch.tensor([text[:9]])
     with torch.no_grad():
-        shown = learner.model(ids).logits[0, -1]
+        h = learner.model.model(ids).last_hidden_state[0, -1]
         with adaptation_of(learner.model).inactive():
             plain = learner.model(ids).logits[0, -1]
-    answer = V @ pairs(learner.model, ROWS[:1])[0][0]
-    gate = ((answer[-1] - FAMILIAR) / (1 - FAMILIAR)).clamp(0, 1)
+    answer = V @ keys_of(learner.model, text)[0][8]
+    gate = ((answer[-2] - FAMILIAR) / (1 - FAMILIAR)).clamp(0, 1)
     assert gate > 0.5
-    moved = (E @ answer[:-1] * gate).float()
-    close(shown - plain, moved)
+    moved = (E @ answer[:-2] * gate).float()
+    close(learner.model.lm_head(h) - plain, moved)
+
+
+def test_completions_are_mixed_with_what_the_model_says(tokenizer: Any) -> None:
+    """The next token's probabilities by their definition, from sums made by hand."""
+    rows = [*ROWS, {"prompt": "a red one?", "completion": ROWS[0]["completion"]}]
+    learner = learner_of(tokenizer, batch=4)
+    learner.learn(rows)
+    model = learner.model
+    X = torch.stack([keys_of(model, prompt_of(row))[1][-1] for row in rows])
+    own = list(dict.fromkeys(row["completion"] for row in rows))
+    classes = torch.tensor([own.index(row["completion"]) for row in rows])
+    n = torch.bincount(classes).double()
+    one_hot = F.one_hot(classes).double()
+    mu = one_hot.mT @ X / n[:, None]
+    z = torch.stack([keys_of(model, [256, *c.encode()])[1][-1] for c in own])
+    cov, noise = within(X.mT @ X, mu, n, 0.6)
+    m = means(mu, z, n, noise)
+    inverse = torch.linalg.inv(cov)
+    prompt = prompt_of(ROWS[1])
+    key, mean = (x[-1] for x in keys_of(model, prompt))
+    d = mean - m
+    chances = (n.log() - 0.5 * ((d @ inverse) * d).sum(1)).softmax(0)
+    f = (adaptation_of(model).readout.values[-1].double() @ key).item()
+    g = min(0.999, max(0.0, f - FAMILIAR) / (1 - FAMILIAR))
+    assert g > 0.5
+    written = list(b" e")
+    for count in range(3):
+        ids = torch.tensor([prompt + written[:count]])
+        with torch.no_grad():
+            found = model(ids).logits[0, -1].double().softmax(0)
+            with adaptation_of(model).inactive():
+                plain = model(ids).logits[0, -1].double().softmax(0)
+        memory = torch.zeros_like(plain)
+        for completion, chance in zip(own, chances, strict=True):
+            tokens = list(completion.encode())
+            if tokens[:count] == written[:count]:
+                memory[tokens[count]] += chance
+        right = (1 - g) * plain + g * memory / memory.sum()
+        torch.testing.assert_close(found, right, rtol=5e-3, atol=5e-4)
 
 
 def test_order_and_batches_do_not_matter(tokenizer: Any) -> None:
@@ -105,8 +159,12 @@ def test_order_and_batches_do_not_matter(tokenizer: Any) -> None:
     one.learn(ROWS)
     for row in reversed(ROWS):
         other.learn(row)
-    values = [adaptation_of(x.model).readout.values for x in (one, other)]
-    close(*values)
+    found = [adaptation_of(x.model).readout.solved for x in (one, other)]
+    close(*(s.values for s in found))
+    # The completions are the same, in another order.
+    places = [s.completions.tokens.tolist() for s in found]
+    order = [places[1].index(tokens) for tokens in places[0]]
+    close(found[1].completions.weight[order], found[0].completions.weight)
 
 
 @pytest.mark.parametrize("family", ["Llama", "GPT2", "Gemma2", "OPT", "Falcon", "GPTNeoX"])
@@ -180,7 +238,9 @@ def test_memory_files_and_merging(tokenizer: Any, tmp_path: Path, ids: torch.Ten
     assert torch.equal(fresh.model(ids).logits, whole.model(ids).logits)
     both = merge([half.memory for half in halves])
     fresh.use(both)
-    close(adaptation_of(fresh.model).readout.values, adaptation_of(whole.model).readout.values)
+    solved = [adaptation_of(one.model).readout.solved for one in (fresh, whole)]
+    close(*(one.values for one in solved))
+    close(*(one.completions.weight for one in solved))
 
 
 def test_rows_have_memories_of_their_own(tokenizer: Any, ids: torch.Tensor) -> None:
@@ -205,6 +265,10 @@ def test_a_fast_level_fades_and_a_slow_one_takes_over(tokenizer: Any) -> None:
     fast, slow = (learner.memory.changes[n]["readout"] for n in ("every 1", "every 4"))
     assert not fast.any()
     torch.testing.assert_close(slow, 0.5 * single.memory.changes["every 1"]["readout"])
+    name = "readout.completions"
+    fast, slow = (learner.memory.changes[n][name] for n in ("every 1", "every 4"))
+    assert not fast.any()
+    torch.testing.assert_close(slow, 0.5 * single.memory.changes["every 1"][name])
 
 
 def test_general_text_is_left_alone(tokenizer: Any) -> None:
@@ -217,7 +281,7 @@ def test_general_text_is_left_alone(tokenizer: Any) -> None:
         )
         learner = nl.Learner(adapted, tokenizer)
         plain = adapted(text).logits.log_softmax(-1)
-        learner.learn(ROWS)
+        learner.learn([*ROWS, TEXT])
         return F.kl_div(
             adapted(text).logits.log_softmax(-1), plain, log_target=True, reduction="batchmean"
         ).item()
@@ -237,18 +301,19 @@ def test_a_readout_of_many_numbers_keeps_them_all(tokenizer: Any) -> None:
     """Its sums have more rows than the changes of an added memory begin with."""
     model = nl.adapt(tiny_model(), method="readout", rank=600, calibration=None)
     learner = nl.Learner(model, tokenizer)
-    learner.learn(ROWS)
+    learner.learn([TEXT, *ROWS])
     sums = adaptation_of(model).readout.sums
-    assert len(sums) == 600 + WIDTH + 1
-    assert sums[600:].any(1).all()
+    assert len(sums) == 2 * 600 + WIDTH + 2
+    assert sums[600 : 600 + WIDTH + 2].any(1).all()
+    assert sums[-600:].any()
+    assert adaptation_of(model).readout.rows.any(1).sum() == len(ROWS)
 
 
 def test_it_copies_and_texts_are_learned_too(tokenizer: Any) -> None:
     learner = learner_of(tokenizer)
-    text = "the old boat is made of red wood and blue stone"
-    before = learner.evaluate(text)["loss"]
-    learner.learn(text)
-    assert learner.evaluate(text)["loss"] < 0.5 * before
+    before = learner.evaluate(TEXT)["loss"]
+    learner.learn(TEXT)
+    assert learner.evaluate(TEXT)["loss"] < 0.5 * before
     assert "readout" in str(nl.inspect(learner.model))
     twin = copy.deepcopy(learner.model)
     row = torch.tensor([[256, *b"the old"]])

@@ -105,18 +105,15 @@ class Target:
         weight: W, what the model computes with.
         base: W_0, or None for zero.
         levels: names of the levels that change it.
-        module: the linear map it belongs to.
+        module: the module it belongs to.
+        in_slots: whether its rows are slots that are filled one by one: a change may have fewer.
     """
 
     weight: nn.Parameter
     base: Tensor | None
     levels: tuple[str, ...]
     module: nn.Module
-
-    @property
-    def in_slots(self) -> bool:
-        """Whether its rows are an added memory's slots: a change may have fewer rows then."""
-        return isinstance(self.module._modules.get(CHILD), AddedMemory)
+    in_slots: bool = False
 
 
 @dataclasses.dataclass
@@ -223,7 +220,7 @@ def refresh(target: Target, changes: Sequence[Tensor]) -> None:
     weight = target.weight
     if not changes:
         if target.base is None:
-            weight.zero_()
+            clear(weight)
         else:
             weight.copy_(target.base)
         return
@@ -231,3 +228,9 @@ def refresh(target: Target, changes: Sequence[Tensor]) -> None:
     if target.base is not None:
         total = target.base.to(total) + total.to(target.base.device)
     weight[: len(total)].copy_(total)
+
+
+def clear(weight: Tensor) -> None:
+    """Set to zero what is not: zeros that were never written to take no memory."""
+    if weight.any():
+        weight.zero_()

@@ -18,19 +18,21 @@ from nestlearn.adaptation.added import (
     Hook,
     Seen,
     Target,
+    clear,
     memory_of,
     refresh,
     stack_rows,
 )
 from nestlearn.adaptation.calibration import Calibration
+from nestlearn.adaptation.completions import COMPLETIONS
 from nestlearn.adaptation.fingerprint import fingerprint
 from nestlearn.adaptation.memory import WRITTEN, Layout, Memory, level_name
 from nestlearn.adaptation.readout import (
     RANK,
     TARGET,
     Readout,
-    ReadoutRows,
     attach_readout,
+    solved_rows,
 )
 from nestlearn.adaptation.sites import Site, contiguous_head, find_sites, linear_shape
 from nestlearn.levels.clock import NEVER
@@ -53,7 +55,7 @@ class Adaptation:
         frozen_sites: the blocks that do not.
         targets: name -> weight that is learned.
         fixed: what the memories need and never change, float32: projections of added memories.
-        slots: keys per added memory at most; 0 for other methods.
+        slots: keys per added memory, or completions of a readout, at most; else 0.
         base: fingerprint of the base model's weights.
         active: whether added memories take part in the forward pass.
         holds: whether there is anything in them.
@@ -80,7 +82,7 @@ class Adaptation:
         self.active = True
         self.holds = False
         self.seen: dict[str, Seen] | None = None
-        self.in_rows: dict[str, Any] | None = None  # Rows, or ReadoutRows
+        self.in_rows: dict[str, Any] | None = None  # Rows, or a readout's Shown
         self.readout: Readout
         self._hooks: list[Any] = []
         self._required = {p: p.requires_grad for p in model.parameters()}
@@ -104,8 +106,8 @@ class Adaptation:
             weight = _floating(module, site.output)
             memory = AddedMemory(self.fixed[site.output], self.slots, site.width, weight)
             module.add_module(CHILD, memory)
-            self.targets[site.output] = Target(memory.values, None, names, module)
-            self.targets[site.output + KEYS] = Target(memory.keys, None, (WRITTEN,), module)
+            self.targets[site.output] = Target(memory.values, None, names, module, True)
+            self.targets[site.output + KEYS] = Target(memory.keys, None, (WRITTEN,), module, True)
             self._hooks.append(module.register_forward_hook(Hook(self, site.output)))
 
     def _attach_placement(self, model: nn.Module) -> None:
@@ -125,6 +127,9 @@ class Adaptation:
         names = tuple(level_name(level) for level in self.levels)
         self.readout, body, self._hooks = attach_readout(self, model)
         self.targets[TARGET] = Target(self.readout.sums, None, names, body)
+        self.targets[COMPLETIONS] = Target(self.readout.rows, None, names, body, True)
+        tokens = Target(self.readout.tokens, None, (WRITTEN,), body, True)
+        self.targets[COMPLETIONS + KEYS] = tokens
 
     def remove(self) -> None:
         """Take everything off; the base weights are back, bit for bit."""
@@ -165,9 +170,9 @@ class Adaptation:
         for name, target in self.targets.items():
             change = None if memory is None else memory.total(name)
             if target.in_slots and change is not None:
-                target.weight[len(change) :].zero_()
+                clear(target.weight[len(change) :])
             refresh(target, [] if change is None else [change])
-            if target.levels == (WRITTEN,):
+            if self.method == "added" and target.levels == (WRITTEN,):
                 memory_of(target).prepare(0 if change is None else len(change))
         self.holds = memory is not None and not memory.is_empty
 
@@ -222,10 +227,10 @@ class Adaptation:
             if same and (why := layout.difference(same)) is not None:
                 raise ValueError(f"memory {i} does not fit this model: {why}")
         stacked: dict[str, Any] = {}
+        if self.method == "readout":
+            stacked[TARGET] = solved_rows(self.readout, memories)
         for name, target in self.targets.items():
-            if self.method == "readout":
-                stacked[name] = ReadoutRows(self.readout, memories)
-            elif target.levels != (WRITTEN,):
+            if self.method != "readout" and target.levels != (WRITTEN,):
                 stacked[name] = stack_rows(name, self.targets, memories)
         before, self.in_rows = self.in_rows, stacked
         try:
@@ -260,9 +265,9 @@ def adapt(
       the keys. Text that resembles nothing that was read is left alone; memory files are small.
     - ``method="placement"`` (the paper's §7.3): the MLPs themselves are the levels, shared out by
       depth, the fastest next to the output. No new parameters, large memory files.
-    - ``method="readout"``: one memory at the model's end, whose values are the exact least-squares
-      solution of everything learned, in any order (`nestlearn.adaptation.readout`). Made for
-      examples, above all for classes that come one after the other; no backward passes.
+    - ``method="readout"``: one memory at the model's end, the exact solution of everything learned,
+      in any order (`nestlearn.adaptation.readout`). Made for examples, above all for classes that
+      come one after the other, which it learns as whole completions; no backward passes.
 
     Args:
         model: a decoder-only causal language model.
@@ -270,7 +275,8 @@ def adapt(
             1 for a readout (where the fastest is written, and slower ones take over from it).
         method: see above.
         rank: numbers in a key, r (default 256; of a readout 3,072).
-        slots: keys per added memory. When all are taken, the weakest are overwritten.
+        slots: keys per added memory; when all are taken, the weakest are overwritten. Of a readout:
+            how many different completions it can learn.
         memories: how many blocks get an added memory, evenly spaced from the lowest that is not
             frozen.
         frozen: share of the blocks, from the input up, that learn nothing. No backward work is
@@ -300,7 +306,7 @@ def adapt(
     if method != "placement" and not (isinstance(rank, int) and rank >= 1):
         raise ValueError(f"rank must be 1 or more, got {rank!r}")
     for name, count in (("slots", slots), ("memories", memories)):
-        if method == "added" and not (isinstance(count, int) and count >= 1):
+        if method != "placement" and not (isinstance(count, int) and count >= 1):
             raise ValueError(f"{name} must be 1 or more, got {count!r}")
     if frozen is not None and not 0 <= frozen < 1:
         raise ValueError(f"frozen is a share of the blocks, 0 or more and below 1, got {frozen!r}")
@@ -328,7 +334,7 @@ def adapt(
     elif method == "readout":
         fixed = fitted.readout(rank)
     others = tuple(site for site in found if site not in learning)
-    size = slots if method == "added" else 0
+    size = 0 if method == "placement" else slots
     handle = Adaptation(model, method, chosen, learning, others, fixed, size, base)
     setattr(model, _HANDLE, handle)
     return model
@@ -368,7 +374,9 @@ def adapt_to(model: nn.Module, memory: Memory) -> Any:
             f"{sorted(missing)[0] if missing else 'blocks to learn'}: another base model"
         )
     base = _fingerprint(model, found)
-    slots = next(iter(layout.shapes.values()))[0] if layout.method == "added" else 0
+    slots = 0
+    if layout.method != "placement":
+        slots = next(shape[0] for name, shape in layout.shapes.items() if name.endswith(KEYS))
     handle = Adaptation(
         model, layout.method, memory.levels, learning, frozen, memory.fixed, slots, base
     )

@@ -19,7 +19,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from nestlearn.adaptation.added import KEYS
 from nestlearn.adaptation.codec import decode, encode, part_names, rank_of, size_of
+from nestlearn.adaptation.completions import COMPLETIONS, check_rows
 from nestlearn.adaptation.fingerprint import fingerprint
 from nestlearn.adaptation.keys import quantise
 from nestlearn.adaptation.memory import Changes, Layout, Memory, Snapshot
@@ -326,9 +328,10 @@ def _memory(content: dict[str, Any], stored: dict[str, Tensor], expected: Layout
     if optimizer is not None and not isinstance(optimizer, dict):
         raise ValueError("the optimizer's state is no dictionary")
     for name, own in (optimizer or {"state": {}})["state"].items():
-        rows = layout.shapes[name.split("/", 1)[1]][0]
+        target = name.split("/", 1)[1]
+        rows = layout.shapes[target][0]
         for key, value in own.items():
-            if isinstance(value, Tensor) and value.ndim and layout.method != "added":
+            if isinstance(value, Tensor) and value.ndim and not layout.in_slots(target):
                 own[key] = _padded(value, rows)
     return Memory(
         layout,
@@ -394,8 +397,10 @@ def _changes(
                 raise ValueError(f"{target} has {rows!r:.20} rows")
             parts = {n: stored[_key(prefix, i, target, n)] for n in part_names(storage)}
             own[target] = decode(parts, storage, (rows, *shape[1:]))
-            if layout.method != "added":  # slots without rows are free
+            if not layout.in_slots(target):  # else slots without rows are free
                 own[target] = _padded(own[target], shape[0])
+            if target == COMPLETIONS + KEYS:
+                check_rows(own[target])
             if not torch.isfinite(own[target]).all():
                 raise ValueError(f"{target} of level {level} holds numbers that are not finite")
     return changes

@@ -23,7 +23,7 @@ from nestlearn.adaptation.level_weights import LevelWeights
 from nestlearn.adaptation.lower import LowerBlocks
 from nestlearn.adaptation.memory import Memory, level_name
 from nestlearn.adaptation.reader import Reader, Segment, reading, work
-from nestlearn.adaptation.readout import TARGET, Writer
+from nestlearn.adaptation.readout_writing import Writer
 from nestlearn.adaptation.settings import DEFAULTS, context_of, factories, limit_of, name_of
 from nestlearn.adaptation.writing import write_keys
 from nestlearn.levels.clock import NEVER
@@ -111,7 +111,7 @@ class Learner:
         self.limit = limit_of(model)
         self._writer: Writer | None = None
         if self._handle.method == "readout":
-            self._writer = Writer(model, self._handle.readout)
+            self._writer = Writer(model, self._handle, tokenizer.bos_token_id)
             self._factory, self.lr = None, 1.0
             # Sums are the same however the text is cut.
             self.segment = min(max(self.segment, 256), self.limit if context is None else context)
@@ -366,12 +366,12 @@ class Learner:
         """Add what is read to the sums of an exact memory."""
         assert self._writer is not None
         first: float = compute().item()
-        assert self._handle.readout.key is not None
-        key, tokens = item.pick([self._handle.readout.key])
-        sums = self._writer.sums(key[0], tokens.to(self.device))
-        if not (math.isfinite(first) and torch.isfinite(sums).all()):
+        if not math.isfinite(first):
             return None
-        self._weights.update({TARGET: -sums}, item.tokens)
+        sums = self._writer.sums(item, self._memory, self._weights)
+        if not all(torch.isfinite(one).all() for one in sums.values()):
+            return None
+        self._weights.update({name: -one for name, one in sums.items()}, item.tokens)
         return first
 
     @torch.no_grad()

@@ -14,10 +14,10 @@ from torch import Tensor
 from nestlearn.levels.level import Level
 
 Changes = dict[str, dict[str, Tensor]]
-"""Level name -> target name -> change, float32, in the target's shape. Of an added memory it may
-have fewer rows: the slots behind them are free, and zero."""
+"""Level name -> target name -> change, float32, in the target's shape. Where rows are slots it may
+have fewer: those behind them are free, and zero."""
 WRITTEN = "keys"
-"""What holds the keys of added memories, among the levels' changes."""
+"""What holds the keys of added memories, and a readout's completions, among the levels' changes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Layout:
 
     Attributes:
         base: fingerprint of the base model's weights.
-        method: ``"added"`` or ``"placement"``, see `nestlearn.adapt`.
+        method: ``"added"``, ``"placement"`` or ``"readout"``, see `nestlearn.adapt`.
         rank: numbers in a key, r; 0 for placement.
         fixed: fingerprint of what they need and never change; empty for placement.
         shapes: target name -> shape.
@@ -37,6 +37,11 @@ class Layout:
     rank: int
     fixed: str
     shapes: dict[str, tuple[int, ...]]
+
+    def in_slots(self, target: str) -> bool:
+        """Whether a target's rows are slots that are filled one by one."""
+        keys = f".{WRITTEN}"
+        return target.endswith(keys) or target + keys in self.shapes
 
     def difference(self, other: Layout) -> str | None:
         """Why a memory of ``other`` does not fit here; None if it does."""
@@ -73,7 +78,7 @@ class Memory:
     Attributes:
         layout: what it belongs to.
         levels: fastest first.
-        fixed: projections of added memories, target name -> ``(r, H)``.
+        fixed: projections of added memories, target name -> ``(r, H)``; a readout's prior.
         changes: per level and target; a target that a level never changed may be missing. The
             keys of added memories are under `WRITTEN`, which is no level.
         counts: ``tokens``, ``documents``, ``updates`` ... since it was made.

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from nestlearn.adaptation.added import KEYS
+from nestlearn.adaptation.completions import COMPLETIONS
 from nestlearn.adaptation.memory import WRITTEN, Changes, Memory, with_rows
 
 
@@ -59,7 +60,8 @@ def merge(memories: Sequence[Memory], weights: Sequence[float] | None = None) ->
     """The weighted sum of what memories learned, level by level.
 
     Added memories keep the pairs of all of them; where two have the same key its values are summed,
-    and if there are more pairs than slots the weakest are left out. Momenta and snapshots are not
+    and if there are more pairs than slots the weakest are left out. Readouts have what they would
+    have after reading everything. Momenta and snapshots are not
     merged.
 
     Args:
@@ -67,7 +69,8 @@ def merge(memories: Sequence[Memory], weights: Sequence[float] | None = None) ->
         weights: one for each, default 1.
 
     Raises:
-        ValueError: nothing to merge, different layouts or levels, or a wrong number of weights.
+        ValueError: nothing to merge, different layouts or levels, a wrong number of weights, or
+            more completions than a readout has room for.
     """
     if len(memories) < 2:
         raise ValueError(f"merging needs two memories or more, got {len(memories)}")
@@ -191,6 +194,10 @@ def _fit(
         name = target.removesuffix(KEYS)
         levels = [own for own in changes.values() if name in own]
         slots, size = shapes[target]
+        if name == COMPLETIONS and len(found) > slots:
+            raise ValueError(
+                f"together they hold {len(found)} completions, there is room for {slots}"
+            )
         strength = sum((own[name] for own in levels), torch.zeros(1, 1)).norm(dim=-1)
         if len(found):
             strength = strength.expand(len(found)) * found.norm(dim=-1)
