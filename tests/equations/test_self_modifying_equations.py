@@ -117,12 +117,12 @@ def oracle(layer, x):
     """The layer's output, computed row by row, head by head, token by token."""
     size = DIM // HEADS
     kernel = layer.conv.weight[:, 0]
-    padded = torch.cat([x.new_zeros(len(x), layer.conv_size - 1, DIM), x], 1)
+    mapped = layer.in_proj(x)
+    padded = torch.cat([mapped.new_zeros(len(x), layer.conv_size - 1, mapped.shape[-1]), mapped], 1)
     conv = torch.stack(
         [(padded[:, t : t + layer.conv_size].mT * kernel).sum(-1) for t in range(x.shape[1])], 1
     )
-    parts = layer.in_proj(conv).split(DIM, -1)
-    streams = dict(zip([*layer.streams, "gate"], parts, strict=True))
+    streams = dict(zip([*layer.streams, "gate"], conv.split(DIM, -1), strict=True))
     group, main = layer.projections, layer.memory
     rows = []
     for b in range(len(x)):
@@ -150,7 +150,7 @@ def oracle(layer, x):
                         y = answer(memories[role].start, unit(streams["x"][b, t, cut]))
                         raw[role] = group.readout[role][h] @ y
                     elif role in layer.fixed_scalars:
-                        fixed = layer.scalar_proj(conv[b, t])
+                        fixed = layer.scalar_proj(x[b, t])
                         raw[role] = fixed[layer.fixed_scalars.index(role) * HEADS + h]
                 k, v, q = unit(raw["k"]), unit(raw["v"]), unit(raw["q"])
                 eta = layer.gates.eta_max * torch.sigmoid(raw["eta"] + layer.gates.eta_bias[h])

@@ -33,6 +33,8 @@ from nestlearn.rules.chunk import ChunkWrite
 LR_SCALE = 0.25
 # Rows start inside their bound: at the bound, rounding would decide which gradient they get.
 ROOM = 1.5
+# What a memory adds to its input before training, where it generates a vector.
+QUIET = 0.1
 
 
 class MemoryGroup(nn.Module):
@@ -185,8 +187,8 @@ class ProjectionMemories(MemoryGroup):
     """The memories that generate k, v, η, α (and q), in the order of ``roles`` (Eq. 84, 86)."""
 
     def __init__(self, roles: tuple[str, ...], **group: Any):
-        super().__init__(count=len(roles), **group)
         self.roles = roles
+        super().__init__(count=len(roles), **group)
         heads, size = group["heads"], group["size"]
         # The answer of a scalar role's memory is a vector; this reads one number off it.
         self.readout = nn.ParameterDict(
@@ -196,6 +198,16 @@ class ProjectionMemories(MemoryGroup):
                 if role not in VECTORS
             }
         )
+
+    def reset_parameters(self) -> None:
+        """Memories that generate a vector start close to the identity."""
+        super().reset_parameters()
+        vectors = [i for i, role in enumerate(self.roles) if role in VECTORS]
+        with torch.no_grad():
+            last = self.initial[-1]
+            last[:, vectors] *= QUIET
+            if len(self.initial) == 1:
+                last[:, vectors] += torch.eye(self.size)
 
     def answer(self, memory: Tensors, x: Tensor) -> dict[str, Tensor]:
         """Raw roles of ``x (B, H, C, d)``: vectors ``(B, H, C, d)``, scalars ``(B, H, C)``."""

@@ -16,6 +16,7 @@ from nestlearn.nn.pointwise import unit
 from nestlearn.nn.ragged import run_ragged
 from nestlearn.nn.scan import scan
 from nestlearn.nn.self_memories import (
+    QUIET,
     Gates,
     MainMemory,
     ProjectionCell,
@@ -30,7 +31,7 @@ class SelfModifyingState(State):
     """State of one `SelfModifyingTitans` layer.
 
     Attributes:
-        history: last inputs of the convolution, ``(B, W-1, D)``.
+        history: last inputs of the convolution, ``(B, W-1, S D)`` for S streams (the gate's is one).
         projections: the memories M_k, M_v, … in the order of ``adaptive``; None if there are none.
         memory: the main memory M_mem.
     """
@@ -62,7 +63,8 @@ class SelfModifyingTitans(nn.Module):
 
     k, v, q and v̂ are of norm 1 and the step is proximal, η/(1 + η ‖input‖²), per layer (SPEC §5,
     Choice). The outer gradient goes through all writes. Our reading: memories act on heads, x_t
-    being mapped to heads of norm 1 first.
+    being mapped to heads of norm 1 first, after a causal convolution. An untrained layer is a
+    memory of what followed what: see `reset_parameters`.
 
     Args:
         dim: width D, divisible by ``heads``.
@@ -88,7 +90,7 @@ class SelfModifyingTitans(nn.Module):
         adaptive: roles among k, v, q, eta, alpha that have a memory; others are linear maps.
         eta_max: largest inner learning rate. Above 1 a write may turn an answer round (the proximal
             step exceeds 1/2), which tracking a state such as a parity takes.
-        conv_size: window of the causal convolution before the projections.
+        conv_size: window of the causal convolution behind the maps to heads.
         checkpoint_chunks: > 0: recompute activations in the backward pass, so many chunks at once.
 
     Shapes: ``forward(x (B, T, D), state=None, mask=None) -> (y (B, T, D), state)``; ``mask (B, T)``
@@ -166,13 +168,13 @@ class SelfModifyingTitans(nn.Module):
             momentum=momentum,
             truncate=truncate,
         )
-        self.conv = CausalConv(dim, conv_size)
         scalars = ("eta", "alpha") if weight_decay else ("eta",)
         self.fixed_scalars = [r for r in scalars if r not in self.adaptive]
         # One stream for the memories, one for every vector without a memory, one for the gate.
         self.streams = ["x"] if self.adaptive else []
         self.streams += [r for r in VECTORS if r not in self.adaptive]
         self.in_proj = nn.Linear(dim, dim * (len(self.streams) + 1), bias=False)
+        self.conv = CausalConv(dim * (len(self.streams) + 1), conv_size)
         self.scalar_proj = (
             nn.Linear(dim, heads * len(self.fixed_scalars), bias=False)
             if self.fixed_scalars
@@ -187,6 +189,38 @@ class SelfModifyingTitans(nn.Module):
         self.memory = MainMemory(readout, chunk=memory_chunk, **group)
         self.norm_weight = nn.Parameter(torch.ones(heads, size))
         self.out_proj = nn.Linear(dim, dim, bias=False)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Start as a memory of what followed what.
+
+        Keys are made of the token before, values of the token itself; queries are projected as
+        keys are, but from the token itself. So the memory answers a token with what came after it
+        the last time. Where keys and values share the stream x, a head's first half carries the
+        token before and its second half the token itself. From unrelated random projections
+        training finds this recall late or not at all (docs/results.md). The gate begins with a
+        wider mixture of the last tokens than the convolution's own.
+        """
+        if self.conv_size < 2:
+            return
+        source = "k" if "k" in self.streams else "x"
+        shared = source == "x" and "v" not in self.streams
+        part = slice(0, self.dim // self.heads // 2 if shared else None)
+        taps = self._per_head(self.conv.weight, len(self.streams) + 1)
+        taps[-1, ..., :-1].uniform_(-0.5, 0.5)
+        before = taps[self.streams.index(source), :, part]
+        before[..., -2:] = before.flip(-1)[..., :2].clone()
+        if "q" in self.streams:
+            maps = self._per_head(self.in_proj.weight, len(self.streams) + 1)
+            key, query = maps[self.streams.index(source)], maps[self.streams.index("q")]
+            query[:, part] = key[:, part]
+            if shared:
+                query[:, part.stop :] *= QUIET
+
+    def _per_head(self, weight: Tensor, count: int) -> Tensor:
+        """Rows ``(count H d, ...)`` as ``(count, H, d, ...)``, in the same memory."""
+        return weight.view(count, self.heads, -1, weight.shape[-1])
 
     def init_state(
         self,
@@ -228,13 +262,13 @@ class SelfModifyingTitans(nn.Module):
     ) -> tuple[Tensor, SelfModifyingState]:
         batch, length, _ = x.shape
         state = self.init_state(batch, dtype=x.dtype) if state is None else state
-        conv, history = self.conv(x, state.history)
-        *streams, gate = self.in_proj(conv).chunk(len(self.streams) + 1, -1)
+        conv, history = self.conv(self.in_proj(x), state.history)
+        *streams, gate = conv.chunk(len(self.streams) + 1, -1)
         # Fast weights are accumulated sums: float32 at least, whatever the layer runs in.
         with torch.autocast(x.device.type, enabled=False):
             inputs = {n: self._heads(s) for n, s in zip(self.streams, streams, strict=True)}
             if self.scalar_proj is not None:
-                scalars = self.scalar_proj(conv.to(self.scalar_proj.weight.dtype))
+                scalars = self.scalar_proj(x.to(self.scalar_proj.weight.dtype))
                 scalars = scalars.to(wide(x.dtype)).mT.unflatten(1, (-1, self.heads))
                 inputs |= dict(zip(self.fixed_scalars, scalars.unbind(1), strict=True))
             out, projections, memory = self._memories(inputs, state)
