@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+import nestlearn as nl
 from nestlearn.cli.main import main
 from nestlearn.evals.harness.results import read
 from nestlearn.evals.lm.tasks import LANGUAGE, LOCAL, METRIC, expand, where
@@ -155,9 +156,39 @@ def test_eval_command_goes_on_where_it_stood(
     assert "other settings" in capsys.readouterr().err
 
 
+def test_eval_with_a_memory(
+    data_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, file = tmp_path / "model", tmp_path / "me.nlmem"
+    tiny_model().save_pretrained(folder)
+    ByteTokenizer().save_pretrained(folder)
+    learner = nl.Learner(nl.adapt(tiny_model(), calibration=None), ByteTokenizer())
+    for row in LOCAL["wikitext"].rows(data_folder / LOCAL["wikitext"].file):
+        learner.learn(row["page"])
+    learner.save(file)
+    content = file.read_bytes()
+
+    def bits(name: str, *flags: str) -> float:
+        out = tmp_path / f"{name}.json"
+        found = ["eval", str(folder), "--tasks", "wikitext", "--out", str(out), *flags]
+        assert main(found) == 0
+        return float(read(out)["rows"][0]["metrics"]["bits_per_byte"])
+
+    assert bits("with", "--memory", str(file)) < 0.99 * bits("without")
+    assert file.read_bytes() == content
+    assert read(tmp_path / "with.json")["settings"]["memory"].startswith("me.nlmem (")
+    learner.reset()
+    learner.learn("Another text.")
+    learner.save(file)
+    again = ["eval", str(folder), "--tasks", "wikitext", "--out", str(tmp_path / "with.json")]
+    assert main([*again, "--memory", str(file)]) == 1
+    assert "other settings" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (["--memory", "nowhere.nlmem"], "no file nowhere.nlmem"),
         (["--limit", "0"], "--limit must be 1"),
         (["--tasks", "fda", "--source", "local"], "no local data"),
         (["--data", "nowhere"], "no folder nowhere"),

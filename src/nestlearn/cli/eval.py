@@ -25,6 +25,8 @@ class Eval:
 
     model: Annotated[str, tyro.conf.Positional]
     """Folder of a saved model or of a run of `nestlearn train`, a .gguf file, or a hub id."""
+    memory: Path | None = None
+    """A memory file of this model: what it was taught takes part (the file is only read)."""
     tasks: tuple[str, ...] = ("table2",)
     """Tasks of lm-eval; table2, table3: the paper's; squad: recall on local data."""
     limit: int | None = None
@@ -52,6 +54,7 @@ class Eval:
 
     def run(self) -> int:
         """Measure and print; returns the exit status."""
+        from nestlearn.adaptation import adapt_to, adaptation_of
         from nestlearn.evals.harness.results import Results
         from nestlearn.evals.lm.measure import check_installed, measure_tasks
         from nestlearn.evals.lm.tasks import expand, where
@@ -65,6 +68,7 @@ class Eval:
             if not self.data.is_dir():
                 raise ValueError(f"--data: no folder {self.data}")
             os.environ["NESTLEARN_DATA"] = str(self.data.resolve())
+        memory = self._memory()
         names = expand(self.tasks)
         for name in names:
             where(name, self.source)  # data that is missing: before the model is loaded
@@ -75,6 +79,8 @@ class Eval:
         due = [name for name in names if not results.done(name)]
         if due:
             model, tokenizer = load_any(self.model, self.dtype, self.device)
+            if memory is not None:
+                adaptation_of(adapt_to(model, memory)).show(memory)
             measured = measure_tasks(
                 model, tokenizer, due, source=self.source, limit=self.limit, shots=self.shots,
                 max_length=self.max_length, overflow=self.overflow, batch_tokens=self.batch_tokens,
@@ -86,19 +92,35 @@ class Eval:
         print(f"written: {results.path}")
         return 0
 
+    def _memory(self) -> Any:
+        """The memory, checked before anything else takes time."""
+        from nestlearn.adaptation import read_memory
+
+        if self.memory is None:
+            return None
+        if not self.memory.is_file():
+            raise ValueError(f"--memory: no file {self.memory}")
+        return read_memory(self.memory)
+
     def _settings(self) -> dict[str, Any]:
+        import hashlib
         from importlib.metadata import version
 
         from nestlearn.evals.lm.tasks import STATE_POLICY
 
-        return {
+        own = {}
+        if self.memory is not None:
+            content = hashlib.sha256(self.memory.read_bytes()).hexdigest()[:16]
+            own = {"memory": f"{self.memory.name} ({content})"}
+        return own | {
             "model": self.model, "limit": self.limit, "shots": self.shots, "dtype": self.dtype,
             "source": self.source, "max_length": self.max_length, "overflow": self.overflow,
             "state": STATE_POLICY, "lm_eval": version("lm_eval"),
         }  # fmt: skip
 
     def _path(self) -> Path:
-        plain = re.sub(r"[^\w.-]+", "-", self.model).strip("-.")
+        name = self.model if self.memory is None else f"{self.model}-{self.memory.stem}"
+        plain = re.sub(r"[^\w.-]+", "-", name).strip("-.")
         return self.out or Path("evaluations") / f"{plain}.json"
 
     def _show(self, results: Any) -> None:

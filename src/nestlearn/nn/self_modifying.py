@@ -31,7 +31,7 @@ class SelfModifyingState(State):
     """State of one `SelfModifyingTitans` layer.
 
     Attributes:
-        history: last inputs of the convolution, ``(B, W-1, S D)`` for S streams (the gate's is one).
+        history: last inputs of the convolution, ``(B, W-1, S D)`` for S streams, gate included.
         projections: the memories M_k, M_v, … in the order of ``adaptive``; None if there are none.
         memory: the main memory M_mem.
     """
