@@ -116,7 +116,9 @@ class State:
         structure. Rows may differ in number from ``self``."""
         from safetensors.torch import load_file
 
-        return self.unflatten(load_file(str(path)))
+        # Tensors in a file are not aligned as new ones are, and matrix products may then round
+        # otherwise: copied, a stream goes on bit for bit.
+        return self.unflatten({name: t.clone() for name, t in load_file(str(path)).items()})
 
 
 @dataclasses.dataclass

@@ -264,6 +264,7 @@ class HopeCache(Cache):
                 f"{path} was written by a model with other weights or another configuration; load "
                 "that model, or pass strict=False if only its weights changed since"
             )
+        flat = {name: tensor.clone() for name, tensor in flat.items()}  # aligned, see State.load
         cache = cls()
         cache.tail = flat.pop("tail", None)
         template = model.init_cache(1)
