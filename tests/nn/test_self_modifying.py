@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nestlearn.nn import SelfModifyingTitans
+from nestlearn.nn import SelfModifyingTitans, scan, self_modifying
 from nestlearn.nn.compiled import compile_model
 
 
@@ -15,6 +15,43 @@ def layer_and_input(tokens=24, **settings):
         16, 2, **{"memory_chunk": 4, "projection_chunk": 8, **settings}
     ).double()
     return layer, torch.randn(2, tokens, 16, dtype=torch.float64, requires_grad=True)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"memory_depth": 1},
+        {"adaptive": ("eta", "alpha")},
+        {"adaptive": ("v", "alpha")},
+        {"adaptive": ("k", "eta")},
+        {"adaptive": ()},
+    ],
+    ids=str,
+)
+def test_untrained_it_looks_where_the_token_came_before(settings, monkeypatch):
+    """The key most like a token's query is that of the token behind its last occurrence."""
+    seen = []
+
+    def recording(cell, state, inputs, *rest):
+        seen.append(inputs)
+        return scan.scan(cell, state, inputs, *rest)
+
+    monkeypatch.setattr(self_modifying, "scan", recording)
+    torch.manual_seed(0)
+    layer = SelfModifyingTitans(128, 2, **settings)
+    tokens = torch.cat([torch.randperm(24), torch.randperm(24)])
+    layer(torch.randn(24, 128)[tokens][None])
+    k, _, q = seen[-1][:3]
+    found = (q @ k.mT)[0, :, 25:, 1:25].argmax(-1)  # of the second occurrences, but the first one
+    places = torch.stack([(tokens[:24] == t).nonzero()[0, 0] for t in tokens[25:]])
+    right = (found == places)[:, places < 23]  # behind the last token begins the second half
+    assert right.float().mean() > 0.9
+
+
+def test_without_a_convolution_nothing_comes_from_before():
+    layer = SelfModifyingTitans(16, 2, conv_size=1)
+    assert layer(torch.randn(1, 5, 16))[0].isfinite().all()
 
 
 @pytest.mark.parametrize("readout", ["chunk", "token"])
