@@ -5,6 +5,9 @@ from __future__ import annotations
 import html.parser
 import json
 import math
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -288,3 +291,36 @@ def test_rows_that_failed_or_are_of_dropped_rates_choose_nothing(tmp_path: Path)
 def test_copy_draws_its_own_tasks() -> None:
     batch = Copy("easy").draw("train", 3, torch.Generator().manual_seed(0))
     assert torch.equal(batch.inputs, batch.targets) and len(batch) == 3
+
+
+def test_processes_end_with_a_parent_that_is_killed(tmp_path):
+    """A worker that would write a file after some seconds is gone by then."""
+    file = tmp_path / "written"
+    begun = tmp_path / "begun"
+    script = f"""
+import sys
+sys.path.insert(0, {str(tmp_path)!r})
+from slow import slow
+from nestlearn.evals.harness.parallel import in_parallel
+if __name__ == "__main__":
+    in_parallel(slow, {{"one": ({str(begun)!r}, {str(file)!r})}}, 1, print)
+"""
+    (tmp_path / "slow.py").write_text(
+        "import pathlib, time\n"
+        "def slow(begun, file):\n"
+        "    pathlib.Path(begun).touch()\n"
+        "    time.sleep(8)\n"
+        "    pathlib.Path(file).touch()\n"
+        "    return {}\n"
+    )
+    (tmp_path / "main.py").write_text(script)
+    parent = subprocess.Popen([sys.executable, str(tmp_path / "main.py")])
+    for _ in range(600):
+        if begun.exists():
+            break
+        time.sleep(0.1)
+    assert begun.exists()
+    parent.kill()
+    parent.wait()
+    time.sleep(10)
+    assert not file.exists()

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import threading
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from typing import Any
 
 import torch
+
+POLL = 2.0
+"""Seconds between two looks at whether the parent lives."""
 
 
 def in_parallel(
@@ -20,7 +26,8 @@ def in_parallel(
     """Run ``work(*cells[name])`` for every cell in ``jobs`` processes, and hand every row to
     ``done`` as it comes; a cell that fails gets ``{"error": ...}``.
 
-    Cells that have not begun are given up when ``done`` raises or the user interrupts.
+    Cells that have not begun are given up when ``done`` raises or the user interrupts; where this
+    process is killed, those that have begun end within seconds.
 
     Args:
         work: a function of a module (it is sent to other processes by name).
@@ -30,8 +37,8 @@ def in_parallel(
         threads: CPU threads of a process.
     """
     with ProcessPoolExecutor(
-        jobs, mp_context=get_context("spawn"), initializer=torch.set_num_threads,
-        initargs=(threads,),
+        jobs, mp_context=get_context("spawn"), initializer=_begin,
+        initargs=(threads, os.getpid()),
     ) as pool:  # fmt: skip
         futures = {pool.submit(work, *cell): name for name, cell in cells.items()}
         try:
@@ -42,3 +49,15 @@ def in_parallel(
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def _begin(threads: int, parent: int) -> None:
+    """In a new process: its threads, and an end when its parent is gone."""
+    torch.set_num_threads(threads)
+    threading.Thread(target=_follow, args=(parent,), daemon=True).start()
+
+
+def _follow(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(POLL)
+    os._exit(1)
