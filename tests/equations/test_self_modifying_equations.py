@@ -122,7 +122,7 @@ def oracle(layer, x):
     conv = torch.stack(
         [(padded[:, t : t + layer.conv_size].mT * kernel).sum(-1) for t in range(x.shape[1])], 1
     )
-    streams = dict(zip([*layer.streams, "gate"], conv.split(DIM, -1), strict=True))
+    streams = dict(zip(("k", "v", "q", "gate"), conv.split(DIM, -1), strict=True))
     group, main = layer.projections, layer.memory
     rows = []
     for b in range(len(x)):
@@ -142,12 +142,12 @@ def oracle(layer, x):
                 raw = {}
                 for role in ("k", "v", "q"):
                     if role in memories:
-                        raw[role] = answer(memories[role].start, unit(streams["x"][b, t, cut]))
+                        raw[role] = answer(memories[role].start, unit(streams[role][b, t, cut]))
                     else:
                         raw[role] = streams[role][b, t, cut]
                 for role in ("eta", "alpha"):
                     if role in memories:
-                        y = answer(memories[role].start, unit(streams["x"][b, t, cut]))
+                        y = answer(memories[role].start, unit(streams["v"][b, t, cut]))
                         raw[role] = group.readout[role][h] @ y
                     elif role in layer.fixed_scalars:
                         fixed = layer.scalar_proj(x[b, t])

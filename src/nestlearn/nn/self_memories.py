@@ -37,6 +37,11 @@ ROOM = 1.5
 QUIET = 0.1
 
 
+def source_of(role: str) -> str:
+    """The stream x that a role's memory reads: a vector's own, and v's for η and α."""
+    return role if role in VECTORS else "v"
+
+
 class MemoryGroup(nn.Module):
     """N memories per head that share their keys: meta-learned initial states (the slow level) and
     the chunked write of `nestlearn.nn.self_write`.
@@ -209,10 +214,17 @@ class ProjectionMemories(MemoryGroup):
             if len(self.initial) == 1:
                 last[:, vectors] += torch.eye(self.size)
 
-    def answer(self, memory: Tensors, x: Tensor) -> dict[str, Tensor]:
-        """Raw roles of ``x (B, H, C, d)``: vectors ``(B, H, C, d)``, scalars ``(B, H, C)``."""
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The streams x that are read, each once."""
+        return tuple(dict.fromkeys(source_of(role) for role in self.roles))
+
+    def answer(self, memory: Tensors, x: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Raw roles of the streams ``x``, ``(B, H, C, d)`` each: vectors ``(B, H, C, d)``, scalars
+        ``(B, H, C)``."""
         raw = {}
-        answers = respond(memory[: len(self.initial)], x.mT)
+        own = torch.stack([x[source_of(role)].mT for role in self.roles], 2)
+        answers = respond(memory[: len(self.initial)], own)
         for role, answer in zip(self.roles, answers.unbind(2), strict=True):
             if role in VECTORS:
                 raw[role] = answer.mT
@@ -224,8 +236,8 @@ class ProjectionMemories(MemoryGroup):
 
 @dataclasses.dataclass
 class ProjectionCell:
-    """Scan cell of the projection memories. Inputs: ``x (B, H, C, d)`` of norm 1, then the raw
-    values of the ``fixed`` roles, which have no memory. Outputs: all five roles."""
+    """Scan cell of the projection memories. Inputs: their ``sources`` ``(B, H, C, d)``, of norm 1,
+    then the raw values of the ``fixed`` roles, which have no memory. Outputs: all five roles."""
 
     memories: ProjectionMemories
     gates: Gates
@@ -236,19 +248,27 @@ class ProjectionCell:
 
     def read(self, memory: Tensors, inputs: Tensors, pending: Tensors) -> tuple[Tensors, Tensors]:
         """Generate the roles of every token from the memories at the chunk's start."""
-        raw = self.memories.answer(self.memories.at_start(memory), inputs[0])
-        k, v, q, eta, alpha = self.gates(raw | dict(zip(self.fixed, inputs[1:], strict=True)))
+        x, fixed = self._named(inputs)
+        raw = self.memories.answer(self.memories.at_start(memory), x)
+        k, v, q, eta, alpha = self.gates(raw | fixed)
         return (k, v, q, eta, alpha), (k, v, eta, alpha)
 
     def runner(self, memory: Tensors) -> Run | None:
         """`run`, where the CPU kernel can."""
         return self.run if self.memories.runs_native(memory) else None
 
+    def _named(self, inputs: Tensors) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The streams of the memories, and the raw values of the fixed roles."""
+        sources = self.memories.sources
+        x = dict(zip(sources, inputs, strict=False))
+        return x, dict(zip(self.fixed, inputs[len(sources) :], strict=True))
+
     def run(self, memory: Tensors, inputs: Tensors) -> tuple[Tensors, Tensors]:
         """Any number of whole chunks at once."""
         memories, gates = self.memories, self.gates
         dtype = memory[0].dtype
-        roles = {n: gates.role(n, raw) for n, raw in zip(self.fixed, inputs[1:], strict=True)}
+        x, fixed = self._named(inputs)
+        roles = {n: gates.role(n, raw) for n, raw in fixed.items()}
         if not gates.weight_decay:
             roles["alpha"] = inputs[0].new_ones(inputs[0].shape[:-1])
         plan = memories.plan(chunk=self.chunk, generated=memories.roles, eta_max=gates.eta_max)
@@ -259,7 +279,7 @@ class ProjectionCell:
             memories.bounds(dtype),
             memories.initial_weights(dtype),
             {n: t for n, t in roles.items() if n != "q"},
-            inputs[0],
+            x,
             {r: memories.readout[r].to(dtype) for r in scalars},
             {r: gates.bias(r, dtype) for r in scalars},
         )

@@ -16,7 +16,6 @@ from nestlearn.nn.pointwise import unit
 from nestlearn.nn.ragged import run_ragged
 from nestlearn.nn.scan import scan
 from nestlearn.nn.self_memories import (
-    QUIET,
     Gates,
     MainMemory,
     ProjectionCell,
@@ -25,13 +24,16 @@ from nestlearn.nn.self_memories import (
 from nestlearn.nn.self_write import WriteRule
 from nestlearn.rules.decay import wide
 
+STREAMS = (*VECTORS, "gate")
+"""What the token is mapped to, in the order of the rows of ``in_proj``."""
+
 
 @dataclasses.dataclass
 class SelfModifyingState(State):
     """State of one `SelfModifyingTitans` layer.
 
     Attributes:
-        history: last inputs of the convolution, ``(B, W-1, S D)`` for S streams, gate included.
+        history: last inputs of the convolution, ``(B, W-1, 4 D)``: k, v, q and the gate.
         projections: the memories M_k, M_v, … in the order of ``adaptive``; None if there are none.
         memory: the main memory M_mem.
     """
@@ -62,9 +64,10 @@ class SelfModifyingTitans(nn.Module):
         M_□ ← M_□ (α_t I − η_t k_t k_tᵀ) − η_t ∇L(M_□; k_t, v̂_□)
 
     k, v, q and v̂ are of norm 1 and the step is proximal, η/(1 + η ‖input‖²), per layer (SPEC §5,
-    Choice). The outer gradient goes through all writes. Our reading: memories act on heads, x_t
-    being mapped to heads of norm 1 first, after a causal convolution. An untrained layer is a
-    memory of what followed what: see `reset_parameters`.
+    Choice). The outer gradient goes through all writes. Our reading: memories act on heads, and x_t
+    is mapped to heads of norm 1 first, followed by a causal convolution: by a map of its own for
+    each of k, v and q; M_η and M_α read what M_v reads. An untrained layer is a memory of what
+    followed what: see `reset_parameters`.
 
     Args:
         dim: width D, divisible by ``heads``.
@@ -170,11 +173,8 @@ class SelfModifyingTitans(nn.Module):
         )
         scalars = ("eta", "alpha") if weight_decay else ("eta",)
         self.fixed_scalars = [r for r in scalars if r not in self.adaptive]
-        # One stream for the memories, one for every vector without a memory, one for the gate.
-        self.streams = ["x"] if self.adaptive else []
-        self.streams += [r for r in VECTORS if r not in self.adaptive]
-        self.in_proj = nn.Linear(dim, dim * (len(self.streams) + 1), bias=False)
-        self.conv = CausalConv(dim * (len(self.streams) + 1), conv_size)
+        self.in_proj = nn.Linear(dim, dim * len(STREAMS), bias=False)
+        self.conv = CausalConv(dim * len(STREAMS), conv_size)
         self.scalar_proj = (
             nn.Linear(dim, heads * len(self.fixed_scalars), bias=False)
             if self.fixed_scalars
@@ -197,30 +197,17 @@ class SelfModifyingTitans(nn.Module):
 
         Keys are made of the token before, values of the token itself; queries are projected as
         keys are, but from the token itself. So the memory answers a token with what came after it
-        the last time. Where keys and values share the stream x, a head's first half carries the
-        token before and its second half the token itself. From unrelated random projections
-        training finds this recall late or not at all (docs/results.md). The gate begins with a
-        wider mixture of the last tokens than the convolution's own.
+        the last time. From unrelated random projections training finds this recall late or not at
+        all (docs/results.md). The gate begins with a wider mixture of the last tokens than the
+        convolution's own.
         """
         if self.conv_size < 2:
             return
-        source = "k" if "k" in self.streams else "x"
-        shared = source == "x" and "v" not in self.streams
-        part = slice(0, self.dim // self.heads // 2 if shared else None)
-        taps = self._per_head(self.conv.weight, len(self.streams) + 1)
-        taps[-1, ..., :-1].uniform_(-0.5, 0.5)
-        before = taps[self.streams.index(source), :, part]
-        before[..., -2:] = before.flip(-1)[..., :2].clone()
-        if "q" in self.streams:
-            maps = self._per_head(self.in_proj.weight, len(self.streams) + 1)
-            key, query = maps[self.streams.index(source)], maps[self.streams.index("q")]
-            query[:, part] = key[:, part]
-            if shared:
-                query[:, part.stop :] *= QUIET
-
-    def _per_head(self, weight: Tensor, count: int) -> Tensor:
-        """Rows ``(count H d, ...)`` as ``(count, H, d, ...)``, in the same memory."""
-        return weight.view(count, self.heads, -1, weight.shape[-1])
+        taps = dict(zip(STREAMS, self.conv.weight.chunk(len(STREAMS)), strict=True))
+        maps = dict(zip(STREAMS, self.in_proj.weight.chunk(len(STREAMS)), strict=True))
+        taps["gate"][..., :-1].uniform_(-0.5, 0.5)
+        taps["k"][..., -2:] = taps["k"].flip(-1)[..., :2].clone()
+        maps["q"].copy_(maps["k"])
 
     def init_state(
         self,
@@ -263,10 +250,10 @@ class SelfModifyingTitans(nn.Module):
         batch, length, _ = x.shape
         state = self.init_state(batch, dtype=x.dtype) if state is None else state
         conv, history = self.conv(self.in_proj(x), state.history)
-        *streams, gate = conv.chunk(len(self.streams) + 1, -1)
+        *streams, gate = conv.chunk(len(STREAMS), -1)
         # Fast weights are accumulated sums: float32 at least, whatever the layer runs in.
         with torch.autocast(x.device.type, enabled=False):
-            inputs = {n: self._heads(s) for n, s in zip(self.streams, streams, strict=True)}
+            inputs = {n: self._heads(s) for n, s in zip(STREAMS, streams, strict=False)}
             if self.scalar_proj is not None:
                 scalars = self.scalar_proj(x.to(self.scalar_proj.weight.dtype))
                 scalars = scalars.to(wide(x.dtype)).mT.unflatten(1, (-1, self.heads))
@@ -286,9 +273,10 @@ class SelfModifyingTitans(nn.Module):
         if self.projections is None or projections is None:
             roles = self.gates(inputs)
         else:
-            x = unit(inputs.pop("x"))
-            cell = ProjectionCell(self.projections, self.gates, tuple(inputs))
-            tokens = (x, *inputs.values())
+            x = [unit(inputs[n]) for n in self.projections.sources]
+            fixed = {n: t for n, t in inputs.items() if n not in self.adaptive}
+            cell = ProjectionCell(self.projections, self.gates, tuple(fixed))
+            tokens = (*x, *fixed.values())
             roles, projections = scan(cell, projections, tokens, self.checkpoint_chunks)
         (out,), memory = scan(self.memory, state.memory, roles, self.checkpoint_chunks)
         return out, projections, memory

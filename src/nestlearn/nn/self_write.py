@@ -41,13 +41,17 @@ class WriteRule:
 
 
 def respond(weights: Tensors, x: Tensor) -> Tensor:
-    """``M_n(x)`` of every memory: ``x (B, H, d, C) -> (B, H, N, d, C)`` (Eq. 89, columns)."""
-    y = _first(weights[0], x)
+    """``M_n(x)`` of every memory (Eq. 89, columns): ``(B, H, N, d, C)``.
+
+    ``x`` is ``(B, H, d, C)``, the same for all memories, or ``(B, H, N, d, C)``.
+    """
+    shared = x.ndim == 4
+    y = _first(weights[0], x) if shared else weights[0] @ x
     if len(weights) == 1:
         return y
     for w in weights[1:]:
         y = w @ F.silu(y)
-    return x.unsqueeze(2) + y
+    return (x.unsqueeze(2) if shared else x) + y
 
 
 def _first(weight: Tensor, x: Tensor) -> Tensor:

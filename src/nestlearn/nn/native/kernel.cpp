@@ -12,6 +12,9 @@ namespace {
 using namespace memories;
 
 enum Role { KEY, VALUE, QUERY, ETA, ALPHA, ROLES };
+constexpr int VECTORS = ETA;
+// Which x the memory of a role reads: eta and alpha have none of their own.
+constexpr int source_of(int role) { return role < VECTORS ? role : VALUE; }
 
 // Mirrored by _Problem in kernel.py. Arrays have a leading axis of units = batch x heads; T is the
 // number of tokens, chunks x C. A null pointer is "not wanted".
@@ -26,14 +29,14 @@ struct Problem {
     void* bounds[MAX_DEPTH];       // (heads, N, out)
     void* trajectory[MAX_DEPTH];   // (units, chunks, N, out, in): at every chunk's start
     void* row_scales[MAX_DEPTH];   // (units, chunks, N, out)
-    void* x;                       // (units, T, d), what memories read to generate roles
+    void* x[VECTORS];              // (units, T, d), what memories read to generate k, v, q
     void* roles[ROLES];            // (units, T, d) or (units, T): given, or generated
     void* out;                     // (units, T, d), read-out
     void* readout[2];              // (heads, d): eta, alpha
     void* bias[2];                 // (heads)
     void* g_weights[MAX_DEPTH];    // in: by the last state; out: by the first
     void* g_initial[MAX_DEPTH];    // (units, N, out, in)
-    void* g_x;
+    void* g_x[VECTORS];
     void* g_roles[ROLES];          // generated roles: in; given roles: out
     void* g_out;
     void* g_readout[2];            // (units, d)
@@ -48,7 +51,8 @@ class Unit {
           shape{p.size, p.hidden, p.depth, p.chunk, p.l2 != 0, p.shared_targets != 0},
           C(p.chunk), d(p.size), vector(d * C),
           chunk(shape, arena), memory(shape, chunk, arena) {
-        for (T** buffer : {&x, &y, &g_y, &g_x}) *buffer = arena.take(vector);
+        for (T** buffer : {&x, &y, &g_y, &g_out}) *buffer = arena.take(vector);
+        for (T*& buffer : g_x) buffer = arena.take(vector);
         for (int r = 0; r < ROLES; r++) {
             generator[r] = p.memory_of[r];
             g_role[r] = arena.take(vector);
@@ -111,7 +115,7 @@ class Unit {
     Chunk<T> chunk;
     Memory<T> memory;
     long generator[ROLES], elements[MAX_DEPTH];
-    T *x, *y, *g_y, *g_x, *g_role[ROLES];
+    T *x, *y, *g_y, *g_out, *g_x[VECTORS], *g_role[ROLES];
 
     static T* at(void* base, long offset) { return static_cast<T*>(base) + offset; }
     T* token(void* base, long unit, long i, long width) const {
@@ -154,15 +158,15 @@ class Unit {
     // The memories' answers to x, by role (Eq. 84, 86): unit vectors and gates.
     void generate(long unit, long i) {
         const long head = unit % p.heads;
-        transpose(C, d, token(p.x, unit, i, d), x);
         for (int role = 0; role < ROLES; role++) {
             if (generator[role] < 0) continue;
+            transpose(C, d, token(p.x[source_of(role)], unit, i, d), x);
             T* W[MAX_DEPTH];
             for (long l = 0; l < p.depth; l++)
                 W[l] = weight(p.weights, l, unit, generator[role]);
             memory.respond(W, x, y);
             if (role < ETA) {
-                memory.unit(y, g_y, g_x);
+                memory.unit(y, g_y, g_out);
                 transpose(d, C, g_y, token(p.roles[role], unit, i, d));
                 continue;
             }
@@ -220,8 +224,8 @@ class Unit {
                 transpose(width, C, g_role[role], outside);
                 continue;
             }
-            transpose(C, width, outside, g_x);
-            T *g = g_role[role], *more = g_x;
+            transpose(C, width, outside, g_out);
+            T *g = g_role[role], *more = g_out;
             if (role == QUERY) clear(g, vector);  // no memory of this group is read with it
             each(width, C, [=](long j, long) { g[j] += more[j]; });
         }
@@ -229,11 +233,11 @@ class Unit {
 
     void generate_backward(long unit, long i) {
         const long head = unit % p.heads;
-        T* rows = token(p.x, unit, i, d);
-        transpose(C, d, rows, x);
-        clear(g_x, vector);
+        for (T* g : g_x) clear(g, vector);
         for (int role = 0; role < ROLES; role++) {
             if (generator[role] < 0) continue;
+            T* rows = token(p.x[source_of(role)], unit, i, d);
+            transpose(C, d, rows, x);
             T *W[MAX_DEPTH], *g_W[MAX_DEPTH], *g = g_role[role];
             for (long l = 0; l < p.depth; l++) {
                 W[l] = start(l, unit, i, generator[role]);
@@ -258,9 +262,10 @@ class Unit {
                     for (long t = 0; t < C; t++) g[r * C + t] = readout[r] * raw[t];
                 }
             }
-            memory.respond_backward(W, rows, g, g_W, g_x);
+            memory.respond_backward(W, rows, g, g_W, g_x[source_of(role)]);
         }
-        transpose(d, C, g_x, token(p.g_x, unit, i, d));
+        for (int s = 0; s < VECTORS; s++)
+            if (p.g_x[s]) transpose(d, C, g_x[s], token(p.g_x[s], unit, i, d));
     }
 };
 

@@ -45,13 +45,13 @@ class _Problem(ctypes.Structure):
         *((n, ctypes.c_void_p * MAX_DEPTH) for n in ("weights", "initial", "bounds")),
         ("trajectory", ctypes.c_void_p * MAX_DEPTH),
         ("row_scales", ctypes.c_void_p * MAX_DEPTH),
-        ("x", ctypes.c_void_p),
+        ("x", ctypes.c_void_p * len(VECTORS)),
         ("roles", ctypes.c_void_p * len(ROLES)),
         ("out", ctypes.c_void_p),
         ("readout", ctypes.c_void_p * 2),
         ("bias", ctypes.c_void_p * 2),
         *((n, ctypes.c_void_p * MAX_DEPTH) for n in ("g_weights", "g_initial")),
-        ("g_x", ctypes.c_void_p),
+        ("g_x", ctypes.c_void_p * len(VECTORS)),
         ("g_roles", ctypes.c_void_p * len(ROLES)),
         ("g_out", ctypes.c_void_p),
         ("g_readout", ctypes.c_void_p * 2),
@@ -131,7 +131,7 @@ def run_chunks(
     bounds: Tensors,
     initial: Tensors,
     roles: dict[str, Tensor],
-    x: Tensor | None = None,
+    x: dict[str, Tensor] | None = None,
     readouts: dict[str, Tensor] | None = None,
     biases: dict[str, Tensor] | None = None,
 ) -> tuple[dict[str, Tensor], Tensor | None, Tensors]:
@@ -144,25 +144,26 @@ def run_chunks(
         initial: the initial states, ``(H, N, out, in)`` per layer.
         roles: those that are given: vectors ``(B, H, T, d)`` of norm 1, scalars ``(B, H, T)``; T is
             a multiple of C.
-        x: what the memories generate the other roles from, ``(B, H, T, d)``.
+        x: what the memories generate the other roles from, ``(B, H, T, d)`` each: a vector role
+            from its own, η and α from v's.
         readouts, biases: of generated η and α, ``(H, d)`` and ``(H,)``.
 
     Returns:
         The generated roles; the read-out ``(B, H, T, d)`` of a group that is read; the weights
         after the last token. Differentiable once in all of weights, roles, x, readouts and biases.
     """
-    readouts, biases = readouts or {}, biases or {}
+    x, readouts, biases = x or {}, readouts or {}, biases or {}
     names = tuple(roles)
     tensors = [
         *weights,
         *initial,
         *(roles[n] for n in names),
-        *(() if x is None else (x,)),
+        *x.values(),
         *(group[n] for group in (readouts, biases) for n in ("eta", "alpha") if n in group),
     ]
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     scalars = tuple(n for n in ("eta", "alpha") if n in readouts)
-    results = _Run.apply(plan, bounds, names, scalars, keep, *tensors)
+    results = _Run.apply(plan, bounds, names, tuple(x), scalars, keep, *tensors)
     made = dict(zip(plan.generated, results, strict=False))
     rest = results[len(plan.generated) :]
     if plan.generated:
@@ -172,7 +173,7 @@ def run_chunks(
 
 class _Run(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, plan, bounds, names, scalars, keep, *tensors):
+    def forward(ctx: Any, plan, bounds, names, sources, scalars, keep, *tensors):
         depth = len(bounds)
         rest = [t.contiguous() for t in tensors]
         weights = [w.clone() for w in _take(rest, depth)]
@@ -180,8 +181,8 @@ class _Run(torch.autograd.Function):
         initial = _take(rest, depth)
         batch, heads, count, *_ = weights[0].shape
         given = dict(zip(names, _take(rest, len(names)), strict=True))
-        x = rest.pop(0) if plan.generated else None
-        like = given["k"] if x is None else x
+        x = dict(zip(sources, _take(rest, len(sources)), strict=True))
+        like = next(iter(x.values())) if x else given["k"]
         length, size = like.shape[2:]
         chunks = length // plan.chunk
         roles = dict(given)
@@ -194,7 +195,8 @@ class _Run(torch.autograd.Function):
         if keep:
             trajectory = [w.new_empty(batch, heads, chunks, *w.shape[2:]) for w in weights]
             scales = [w.new_empty(batch, heads, chunks, *w.shape[2:4]) for w in weights]
-        ctx.plan, ctx.names, ctx.scalars, ctx.depth = plan, names, scalars, depth
+        ctx.plan, ctx.names, ctx.sources, ctx.scalars = plan, names, sources, scalars
+        ctx.depth = depth
         problem = _problem(ctx, weights, initial, roles, out, x, rest, trajectory, scales)
         bounds = [b.to(like.dtype).contiguous() for b in bounds]
         _point(problem.bounds, bounds)
@@ -211,7 +213,7 @@ class _Run(torch.autograd.Function):
         saved = list(ctx.saved_tensors)
         initial = _take(saved, depth)
         given = dict(zip(names, _take(saved, len(names)), strict=True))
-        x = saved.pop(0) if plan.generated else None
+        x = dict(zip(ctx.sources, _take(saved, len(ctx.sources)), strict=True))
         gates = _take(saved, 2 * len(ctx.scalars))
         trajectory, scales = _take(saved, depth), _take(saved, depth)
         made = _take(saved, len(plan.generated))
@@ -220,7 +222,7 @@ class _Run(torch.autograd.Function):
         grads = tuple(g.contiguous() for g in grads)
         g_weights = [g.clone() for g in grads[-depth:]]
         g_roles = {n: torch.empty_like(t) for n, t in given.items()}
-        g_x = None if x is None else torch.empty_like(x)
+        g_x = {n: torch.empty_like(t) for n, t in x.items()}
         batch, heads = trajectory[0].shape[:2]
         g_gates = [g.new_zeros(batch, *g.shape) for g in gates]
         g_initial = [w.new_zeros(batch, *w.shape) for w in initial]
@@ -231,14 +233,12 @@ class _Run(torch.autograd.Function):
             problem.g_roles[ROLES.index(name)] = grad.data_ptr()
         if out is not None:
             problem.g_out = grads[0].data_ptr()
-        if g_x is not None:
-            problem.g_x = g_x.data_ptr()
+        _point_vectors(problem.g_x, g_x)
         _point_gates(ctx.scalars, g_gates, problem.g_readout, problem.g_bias)
         _call("backward", problem, trajectory[0].dtype)
-        g_rest = () if g_x is None else (g_x,)
         shared, summed = ([g.sum(0) for g in group] for group in (g_initial, g_gates))
         given_back = (g_roles[n] for n in names)
-        return (None,) * 5 + (*g_weights, *shared, *given_back, *g_rest, *summed)
+        return (None,) * 6 + (*g_weights, *shared, *given_back, *g_x.values(), *summed)
 
 
 def _problem(ctx, weights, initial, roles, out, x, gates, trajectory, scales) -> _Problem:
@@ -272,8 +272,7 @@ def _problem(ctx, weights, initial, roles, out, x, gates, trajectory, scales) ->
     _point(problem.row_scales, scales)
     if out is not None:
         problem.out = out.data_ptr()
-    if x is not None:
-        problem.x = x.data_ptr()
+    _point_vectors(problem.x, x)
     _point_gates(ctx.scalars, gates, problem.readout, problem.bias)
     return problem
 
@@ -287,6 +286,11 @@ def _take(tensors: list[Tensor], count: int) -> list[Tensor]:
 def _point(field: Any, tensors: Any) -> None:
     for i, tensor in enumerate(tensors):
         field[i] = tensor.data_ptr()
+
+
+def _point_vectors(field: Any, tensors: dict[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        field[VECTORS.index(name)] = tensor.data_ptr()
 
 
 def _point_gates(scalars: tuple[str, ...], tensors: Any, readout: Any, bias: Any) -> None:
