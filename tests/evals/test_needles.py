@@ -81,6 +81,26 @@ def test_a_prompt_that_is_too_short_says_what_is_needed(tokenizer: Any) -> None:
         made.draw("niah", 900, np.random.default_rng(0))
 
 
+def test_training_draws_again_where_needles_are_too_long(tokenizer: Any) -> None:
+    made, task = Generator(tokenizer), "niah_single_1"
+    rng = np.random.default_rng(4)
+    lengths = sorted(  # what other needles of the task need
+        int(re.findall(r"at least (\d+)", str(_raised(made, task, rng)))[0]) for _ in range(40)
+    )
+    assert lengths[0] < lengths[-1]
+    for _ in range(20):
+        example = needles_trained.fitting(made, task, lengths[10], rng)
+        assert len(example.prompt) == lengths[10]
+    with pytest.raises(needles.TooLong):
+        needles_trained.fitting(made, task, 20, rng)
+
+
+def _raised(made: Generator, task: str, rng: np.random.Generator) -> Exception:
+    with pytest.raises(needles.TooLong) as error:
+        made.draw(task, 20, rng)
+    return error.value
+
+
 def test_a_window_is_the_endless_text(bpe: Any) -> None:
     sentences = list(sentences_of(STORY))[:7]
     hay = Haystack(bpe, sentences)

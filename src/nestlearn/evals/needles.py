@@ -80,6 +80,10 @@ TASKS: dict[str, Needles] = {
 }
 
 
+class TooLong(ValueError):
+    """The needles and the sentences around them do not fit into the prompt."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Example:
     """A prompt and the answers it asks for.
@@ -131,7 +135,8 @@ class Generator:
         """One example whose prompt has ``length`` tokens.
 
         Raises:
-            ValueError: no such task, no text for it, or a length that its needles do not fit in.
+            ValueError: no such task, or no text for it.
+            TooLong: these needles do not fit into the length; others of the task may.
         """
         needles = check_task(task)
         hay = self.text if needles.text else self.noise
@@ -152,7 +157,7 @@ class Generator:
         head_ = self.begin + head_
         rest = length - len(head_) - len(tail_) - sum(map(len, pieces))
         if rest < 0:
-            raise ValueError(
+            raise TooLong(
                 f"{task} does not fit into {length} tokens: with this tokenizer it needs at least "
                 f"{length - rest}"
             )

@@ -21,11 +21,22 @@ from nestlearn.evals.harness.systems import SYSTEMS, Size
 from nestlearn.evals.harness.task import IGNORE, TRAIN, VALIDATION, Batch, Task, score
 from nestlearn.evals.harness.trained import Plan, Trained, to
 from nestlearn.evals.haystack import NOISE, Haystack, encode, training_texts
-from nestlearn.evals.needles import TASKS, Generator, evaluate, framed, value, words
+from nestlearn.evals.needles import (
+    TASKS,
+    Example,
+    Generator,
+    TooLong,
+    evaluate,
+    framed,
+    value,
+    words,
+)
 from nestlearn.train.tokenizers import train_bpe
 
 ROOM = 64
 """Tokens that may be written: twice the longest right answer."""
+TRIES = 50
+"""Examples that are drawn until one fits into a short prompt of training."""
 
 
 def tokenizer_for(texts: list[str], vocab_size: int) -> Any:
@@ -37,6 +48,20 @@ def tokenizer_for(texts: list[str], vocab_size: int) -> Any:
         needle = f" One of the special magic numbers for {key} is: {value(i % 3 == 0, rng)}."
         lines.append(needle.join(framed("numbers", [key], i % 2 == 0)))
     return train_bpe([*texts, *NOISE, *lines], vocab_size, digits=True)
+
+
+def fitting(made: Generator, task: str, length: int, rng: np.random.Generator) -> Example:
+    """A training example; needles of many tokens are drawn again where the prompt is too short.
+
+    Raises:
+        TooLong: none of many fitted.
+    """
+    for _ in range(TRIES - 1):
+        try:
+            return made.draw(task, length, rng)
+        except TooLong:
+            continue
+    return made.draw(task, length, rng)
 
 
 class NeedleMixture(Task):
@@ -91,7 +116,8 @@ class NeedleMixture(Task):
         else:
             made = Generator(tokenizer, held)
         names = list(TASKS)
-        examples = [made.draw(names[i], length, rng) for i in rng.integers(len(names), size=count)]
+        chosen = rng.integers(len(names), size=count)
+        examples = [fitting(made, names[i], length, rng) for i in chosen]
         replies = encode(tokenizer, [e.reply for e in examples])
         replies = [[*r, tokenizer.eos_token_id] for r in replies]
         columns = length + max(map(len, replies)) - 1
