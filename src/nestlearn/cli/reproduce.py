@@ -31,7 +31,8 @@ class Reproduce:
     seeds: int | None = None
     """How many seeds (default: those of the scale)."""
     jobs: int = 1
-    """Cells measured at a time, each in a process of its own."""
+    """Cells measured at a time, each in a process of its own. Under torchrun all processes train
+    one model together instead."""
     threads: int = 1
     """CPU threads of a cell."""
     device: str = "auto"
@@ -78,7 +79,9 @@ class Reproduce:
         from nestlearn.evals.harness.experiment import Request
         from nestlearn.evals.harness.report import print_tables, write_report
         from nestlearn.evals.harness.run import open_results, run
+        from nestlearn.train.distributed import Distributed
 
+        together = Distributed.start(_device(self.device))
         request = Request(
             self.systems, self.tasks, self.seeds, _device(self.device), self.model, self.fresh
         )
@@ -87,13 +90,17 @@ class Reproduce:
             path = self.out / self.scale / f"{item.name}.json"
             results = open_results(item, path, request, self.threads, self.fresh)
             if not self.report:
-                print(f"{item.item}: {item.title} ({self.scale}) -> {path}")
+                if together.main:
+                    print(f"{item.item}: {item.title} ({self.scale}) -> {path}")
                 failed += run(item, results, request, self.jobs, self.threads)
+            if not together.main:
+                continue
             print_tables(item.tables(results))
             if results.record["rows"]:
                 written = write_report(item, results)
                 print("written: " + ", ".join(map(str, [path, *written])))
-        if failed:
+        together.close()
+        if failed and together.main:
             print(f"{failed} cells failed; their errors are in the result files")
         return int(failed > 0)
 

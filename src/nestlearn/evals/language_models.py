@@ -24,6 +24,7 @@ from nestlearn.evals.harness.task import VALIDATION, Batch, Task
 from nestlearn.evals.harness.trained import Plan, Trained
 from nestlearn.evals.text import Windows, default_text
 from nestlearn.files import write_file
+from nestlearn.train.distributed import Distributed
 
 FINEWEB = "HuggingFaceFW/fineweb-edu:sample-10BT"
 _BPE_SAMPLE = 50_000_000  # characters a tokenizer is trained on
@@ -176,14 +177,16 @@ class LanguageModels(Trained):
             found = self._train_on_corpus(model, task, cell, folder)
         else:
             found = super().train(model, task, cell)
-            model.save_pretrained(folder / "final")
+            if Distributed.start(cell["device"]).main:
+                model.save_pretrained(folder / "final")
         found = {"loss": found["loss"], "seconds": found["seconds"]}
         text = json.dumps({"stamp": stamp, "found": found})
 
         def write(path: Path) -> None:
             path.write_text(text, encoding="utf-8")
 
-        write_file(record, write)
+        if Distributed.start(cell["device"]).main:
+            write_file(record, write)
         return found
 
     def _stamp(self, model: Any, cell: dict[str, Any]) -> dict[str, Any]:

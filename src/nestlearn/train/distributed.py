@@ -11,7 +11,7 @@ import dataclasses
 import datetime
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -99,6 +99,16 @@ class Distributed:
         if self.world > 1:
             dist.all_reduce(values)
         return values
+
+    def average(self, tensors: Sequence[Tensor]) -> None:
+        """Mean over processes, in place; all have tensors of the same shapes, on the device."""
+        if self.world == 1 or not tensors:
+            return
+        flat = torch.cat([t.flatten() for t in tensors])
+        dist.all_reduce(flat)
+        flat /= self.world
+        for tensor, mean in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+            tensor.copy_(mean.view_as(tensor))
 
     def gather(self, value: Any) -> list[Any]:
         """Every process's value, in rank 0 (elsewhere an empty list)."""

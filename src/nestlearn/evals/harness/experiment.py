@@ -76,6 +76,7 @@ class Experiment(ABC):
         question: what it answers, one sentence.
         scales: those it has.
         needs_model: it teaches or asks a pre-trained model; its cells have the entry ``"model"``.
+        shares_cells: under ``torchrun`` all processes measure a cell together.
     """
 
     name: str
@@ -84,6 +85,7 @@ class Experiment(ABC):
     question: str
     scales: tuple[Scale, ...] = SCALES
     needs_model: bool = False
+    shares_cells: bool = False
 
     def __init__(self, scale: Scale = "tiny") -> None:
         if scale not in self.scales:

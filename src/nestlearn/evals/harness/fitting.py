@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from nestlearn.optim.groups import level_groups
 from nestlearn.optim.multirate import MultiRate
+from nestlearn.train.distributed import Distributed
 
 
 def fit(
@@ -25,6 +26,7 @@ def fit(
     betas: tuple[float, float] = (0.9, 0.95),
     clip: float = 1.0,
     warm: float = 0.05,
+    together: Distributed | None = None,
     report: Callable[[int, float, float], None] | None = None,
 ) -> dict[str, Any]:
     """AdamW through the levels' clocks, linear warm-up and cosine to a tenth of ``lr``.
@@ -36,6 +38,7 @@ def fit(
         steps: optimizer steps.
         weight_decay, betas: of AdamW. clip: largest norm of the gradient.
         warm: share of the steps that the rate takes to rise.
+        together: processes that have a share of every batch each, whose mean loss is the batch's.
         report: called after every step with its number, loss and gradient norm.
 
     Returns:
@@ -44,6 +47,7 @@ def fit(
     Raises:
         ValueError: the loss is not finite.
     """
+    together = together or Distributed()
     optimizer = MultiRate(
         level_groups(model, lr, weight_decay),
         functools.partial(torch.optim.AdamW, lr=lr, betas=betas),
@@ -63,11 +67,14 @@ def fit(
     for step, compute in zip(range(steps), losses, strict=False):
         loss = compute(model)
         loss.backward()
+        total = loss.detach().clone()
+        shared = [p.grad for p in model.parameters() if p.grad is not None]
+        together.average([*shared, total])
         norm = nn.utils.clip_grad_norm_(model.parameters(), clip)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
-        found.append(float(loss.detach()))
+        found.append(float(total))
         norms.append(float(norm))
         if not math.isfinite(found[-1]):
             raise ValueError(f"the loss was {found[-1]} at step {step}; use a smaller lr than {lr}")

@@ -38,6 +38,10 @@ class Results:
         threads: CPU threads a measurement uses.
         fresh: drop what the file holds and start again.
 
+    Attributes:
+        record: what the file holds.
+        keeps: False in a process that another one keeps the file for: nothing is written.
+
     Example:
         >>> import tempfile
         >>> out = Results(Path(tempfile.mkdtemp()) / "r.json", "How fast?", {"T": 8})
@@ -55,7 +59,7 @@ class Results:
         threads: int | None = None,
         fresh: bool = False,
     ) -> None:
-        self.path = Path(path)
+        self.path, self.keeps = Path(path), True
         self.record: dict[str, Any] = {
             "question": question,
             "command": command_line(),
@@ -107,6 +111,8 @@ class Results:
 
     def save(self) -> None:
         """Write the file: temporary file, fsync, rename."""
+        if not self.keeps:
+            return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
         with open(temporary, "w", encoding="utf-8") as handle:

@@ -11,6 +11,7 @@ from typing import Any
 from nestlearn.evals.harness.experiment import Experiment, Request, Scale
 from nestlearn.evals.harness.parallel import in_parallel
 from nestlearn.evals.harness.results import Results, read
+from nestlearn.train.distributed import Distributed
 
 
 def open_results(
@@ -48,11 +49,17 @@ def run(
 ) -> int:
     """Measure what is missing; returns how many cells failed.
 
-    Cells that failed before are tried again once.
+    Cells that failed before are tried again once. Under ``torchrun`` all processes train a cell's
+    model together, one cell after the other; the first process keeps the results.
 
     Raises:
-        ValueError: the experiment needs a pre-trained model, and the request names none.
+        ValueError: the experiment needs a pre-trained model, and the request names none; or its
+            cells cannot be measured by several processes together.
     """
+    together = Distributed.start(request.device)
+    if together.world > 1 and not experiment.shares_cells:
+        raise ValueError(f"{experiment.name} does not train models: run it without torchrun")
+    results.keeps = together.main
     if experiment.needs_model and request.model is None:
         raise ValueError(f"{experiment.name} needs a pre-trained model: name one with --model")
     again = [r["cell"] for r in results.record["rows"] if "error" in r]
@@ -68,6 +75,8 @@ def run(
             cell = left.pop(name)
             failed += "error" in row
             results.add(name, row if "error" not in row else {**cell, **row})
+            if not together.main:
+                return
             said = row.get("error") or experiment.summary(row)
             spent = time.perf_counter() - began
             report(f"  {name}: {said} ({len(left)} left of this round, {spent:.0f} s in all)")
@@ -75,8 +84,26 @@ def run(
         # The model's place is no part of a cell: results must not depend on where it lies.
         more = {"model": request.model} if experiment.needs_model else {}
         work = {n: (experiment.name, experiment.scale, {**c, **more}) for n, c in cells.items()}
-        in_parallel(measure, work, jobs, done, threads)
+        if together.world > 1:
+            _in_turn(work, together, done)
+        else:
+            in_parallel(measure, work, jobs, done, threads)
     return failed
+
+
+def _in_turn(
+    work: dict[str, tuple[str, Scale, dict[str, Any]]],
+    together: Distributed,
+    done: Callable[[str, dict[str, Any]], None],
+) -> None:
+    """Cells that all processes measure together; every process gets the first one's rows."""
+    for cell, (name, scale, settings) in work.items():
+        try:
+            row = measure(name, scale, {**settings, "device": str(together.device)})
+        except ValueError as error:
+            # Of the settings, so that all processes have it; any other error ends them all.
+            row = {"error": f"{type(error).__name__}: {error}"}
+        done(cell, together.broadcast(row))
 
 
 def measure(name: str, scale: Scale, cell: dict[str, Any]) -> dict[str, Any]:

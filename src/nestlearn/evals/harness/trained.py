@@ -18,6 +18,7 @@ from nestlearn.evals.harness.fitting import fit
 from nestlearn.evals.harness.results import Results
 from nestlearn.evals.harness.systems import SYSTEMS, Size, System, build
 from nestlearn.evals.harness.task import TRAIN, VALIDATION, Batch, Task, score
+from nestlearn.train.distributed import Distributed
 
 TUNING_SEED = 1000
 """Settings are chosen with this seed; the final runs have seeds 0, 1, 2, ..."""
@@ -61,6 +62,7 @@ class Trained(Experiment):
     """
 
     compared: Mapping[str, System] = SYSTEMS
+    shares_cells = True
 
     plans: Mapping[Scale, Plan]
     own_fields: Mapping[str, Mapping[str, Any]] = {}
@@ -151,8 +153,10 @@ class Trained(Experiment):
     def train(self, model: Any, task: Task, cell: dict[str, Any]) -> dict[str, Any]:
         """Train a model in place; ``loss`` per step and ``seconds``."""
         plan, generator = self.plan_of(cell["task"]), torch.Generator().manual_seed(cell["seed"])
-        data = training(task, plan, generator, cell["device"])
-        return fit(model, data, cell["lr"], plan.steps, weight_decay=cell["weight_decay"])
+        together = Distributed.start(cell["device"])
+        data = training(task, plan, generator, cell["device"], together)
+        decay = cell["weight_decay"]
+        return fit(model, data, cell["lr"], plan.steps, weight_decay=decay, together=together)
 
     def scores(self, model: Any, task: Task, plan: Plan, split: str, seed: int) -> dict[str, Any]:
         """Scores of a model on a split; the task's metric is among them."""
@@ -215,9 +219,18 @@ def seed_of(task: Task, split: str) -> int:
 
 
 def training(
-    task: Task, plan: Plan, generator: torch.Generator, device: str
+    task: Task,
+    plan: Plan,
+    generator: torch.Generator,
+    device: str,
+    together: Distributed | None = None,
 ) -> Iterable[functools.partial[torch.Tensor]]:
-    """Losses of endless batches: new examples, or rows of a pool in a new order at every pass."""
+    """Losses of endless batches: new examples, or rows of a pool in a new order at every pass.
+
+    Of several processes each has its rows of the batch that one process would have, with a loss
+    whose mean over processes is the batch's.
+    """
+    together = together or Distributed()
     pool = None if plan.pool is None else task.draw(TRAIN, plan.pool, generator)
     order = torch.empty(0, dtype=torch.long)
     while True:
@@ -228,11 +241,14 @@ def training(
                 order = torch.cat([order, torch.randperm(len(pool), generator=generator)])
             rows, order = order[: plan.batch], order[plan.batch :]
             batch = pool.rows(rows)
-        yield functools.partial(_loss, to(batch, device))
+        own = batch.rows(together.share(len(batch))) if together.world > 1 else batch
+        weight = together.world * int(own.asked.sum()) / max(1, int(batch.asked.sum()))
+        yield functools.partial(_loss, to(own, device), weight)
 
 
-def _loss(batch: Batch, model: Any) -> torch.Tensor:
-    return batch.loss(model(batch.inputs, use_cache=False).logits)
+def _loss(batch: Batch, weight: float, model: Any) -> torch.Tensor:
+    logits = model(batch.inputs, use_cache=False).logits
+    return batch.loss(logits) * weight if weight else logits.sum() * 0.0
 
 
 def to(batch: Batch, device: str) -> Batch:
