@@ -20,8 +20,8 @@ from torch import Tensor
 import nestlearn as nl
 from nestlearn.adaptation import adaptation_of, read_memory, write_memory
 from nestlearn.adaptation.codec import decode, encode, size_of
-from nestlearn.adaptation.file import _digest
 from nestlearn.adaptation.operations import diff, merge, prune
+from nestlearn.adaptation.stored import digest
 from tests.adaptation.conftest import tiny_model
 
 OTHER = "The tram to Velm leaves at six from the harbour."
@@ -51,7 +51,7 @@ def rewrite(path: Path, content: Any = None, tensors: Any = None, **metadata: st
         old = dict(file.metadata())
     tensors = load_file(path) if tensors is None else tensors
     text = old["content"] if content is None else json.dumps(content)
-    sums = _digest(text, tensors)
+    sums = digest(text, tensors)
     save_file(tensors, path, {**old, "content": text, "sha256": sums, **metadata})
 
 

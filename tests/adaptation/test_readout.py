@@ -228,8 +228,17 @@ def test_memory_files_and_merging(tokenizer: Any, tmp_path: Path, ids: torch.Ten
     whole.learn(ROWS)
     for half, rows in zip(halves, (ROWS[:4], ROWS[4:]), strict=True):
         half.learn(rows)
-    whole.save(tmp_path / "w.nlmem")
+    stored = whole.save(tmp_path / "w.nlmem")
     memory = read_memory(tmp_path / "w.nlmem")
+    held = [(n, c) for own in whole.memory.changes.values() for n, c in own.items()]
+    found = [c for own in memory.changes.values() for c in own.values()]
+    for (name, change), read in zip(held, found, strict=True):
+        assert torch.equal(read, change[: len(read)]) and not change[len(read) :].any(), name
+    # Of the sums a triangle is stored, of the rows those in use.
+    sums = sum((len(c) - RANK + 1) * RANK for n, c in held if n == "readout")
+    rows = sum(c.numel() for (n, _), c in zip(held, found, strict=True) if n != "readout")
+    prior = adaptation_of(whole.model).fixed["readout"].numel()  # one byte each
+    assert stored.nbytes < 4 * (sums + rows) + prior + 9_000
     small = whole.save(tmp_path / "s.nlmem", max_bytes=200_000)
     assert small.storage == "float32"
     with pytest.raises(ValueError, match="this memory needs at least"):

@@ -58,12 +58,12 @@ class Writer:
         values *= self.readout.gain / (values * directions).sum(-1, keepdim=True)
         once = key.new_tensor([[1.0, 0.0]]).expand(len(key), 2)
         values = torch.cat([values, once], 1)
-        return torch.cat([key.mT @ key, values.mT @ key, key.new_zeros(key.shape[1], key.shape[1])])
+        return torch.cat([_gram(key), values.mT @ key, key.new_zeros(key.shape[1], key.shape[1])])
 
     def _of_starts(self, key: Tensor, x: Tensor) -> Tensor:
         """``[sum k k^T; sum [0; 0; 1] k^T; sum x x^T]`` of keys and means ``(N, r)``."""
         nothing = key.new_zeros(self.weight.shape[1] + 1, key.shape[1])
-        return torch.cat([key.mT @ key, nothing, key.sum(0, keepdim=True), x.mT @ x])
+        return torch.cat([_gram(key), nothing, key.sum(0, keepdim=True), _gram(x)])
 
     def _of_examples(
         self, batch: Batch, memory: Memory, weights: LevelWeights
@@ -139,3 +139,9 @@ class Writer:
         assert read is not None
         x = read.mean(slice(None), -1)
         return x[[texts.index((*self.begin, *tokens)) for tokens in completions]]
+
+
+def _gram(rows: Tensor) -> Tensor:
+    """Sum of ``x x^T`` over rows, symmetric to the last bit: files hold one triangle."""
+    product = rows.mT @ rows
+    return product.tril() + product.tril(-1).mT
