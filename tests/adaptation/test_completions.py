@@ -12,7 +12,7 @@ from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 import nestlearn as nl
 from nestlearn.adaptation import completions as module
 from nestlearn.adaptation import read_memory
-from nestlearn.adaptation.attach import adaptation_of
+from nestlearn.adaptation.adapted import adaptation_of
 from nestlearn.adaptation.completions import (
     COMPLETIONS,
     LONGEST,

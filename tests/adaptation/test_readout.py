@@ -12,7 +12,8 @@ import torch.nn.functional as F
 
 import nestlearn as nl
 from nestlearn.adaptation import read_memory
-from nestlearn.adaptation.attach import adapt_to, adaptation_of
+from nestlearn.adaptation.adapted import adaptation_of
+from nestlearn.adaptation.attach import adapt_to
 from nestlearn.adaptation.completions import means, within
 from nestlearn.adaptation.operations import merge
 from nestlearn.adaptation.readout import FAMILIAR, gated

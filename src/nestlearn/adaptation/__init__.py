@@ -4,7 +4,8 @@
 learned, ``nl.unadapt`` gives the model back.
 """
 
-from nestlearn.adaptation.attach import Adaptation, adapt, adapt_to, adaptation_of, unadapt
+from nestlearn.adaptation.adapted import Adaptation, adaptation_of
+from nestlearn.adaptation.attach import adapt, adapt_to, unadapt
 from nestlearn.adaptation.file import Stored, read_memory, write_memory
 from nestlearn.adaptation.learned import Learned
 from nestlearn.adaptation.learner import Learner

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from nestlearn.adaptation.memory import WRITTEN, Memory, sum_of, used_rows, with_rows
 
 if TYPE_CHECKING:
-    from nestlearn.adaptation.attach import Adaptation
+    from nestlearn.adaptation.adapted import Adaptation
 
 CHILD = "nestlearn"
 """Name of an added memory within the linear map that it is beside."""

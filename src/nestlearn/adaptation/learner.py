@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nestlearn.adaptation.adapted import Adaptation, adaptation_of
 from nestlearn.adaptation.added import Seen, memory_of
-from nestlearn.adaptation.attach import Adaptation, adaptation_of
 from nestlearn.adaptation.documents import Documents, documents_of
 from nestlearn.adaptation.examples import Batch, completion_loss
 from nestlearn.adaptation.file import Stored, read_memory, write_memory

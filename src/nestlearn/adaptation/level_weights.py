@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nestlearn.adaptation.adapted import Adaptation
 from nestlearn.adaptation.added import KEYS, refresh
-from nestlearn.adaptation.attach import Adaptation
 from nestlearn.adaptation.memory import WRITTEN, Memory, level_name, used_rows, with_rows
 from nestlearn.levels.clock import NEVER
 from nestlearn.levels.level import Level

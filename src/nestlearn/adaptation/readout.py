@@ -48,7 +48,7 @@ from nestlearn.adaptation.sites import find_attention
 from nestlearn.rules.least_squares import solve
 
 if TYPE_CHECKING:
-    from nestlearn.adaptation.attach import Adaptation
+    from nestlearn.adaptation.adapted import Adaptation
 
 TARGET = "readout"
 RANK = 3072

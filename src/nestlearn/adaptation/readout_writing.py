@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nestlearn.adaptation.adapted import Adaptation
 from nestlearn.adaptation.added import KEYS, refresh
-from nestlearn.adaptation.attach import Adaptation
 from nestlearn.adaptation.completions import COMPLETIONS, LONGEST, as_row
 from nestlearn.adaptation.examples import Batch
 from nestlearn.adaptation.level_weights import LevelWeights

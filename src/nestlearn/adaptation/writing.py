@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nestlearn.adaptation.adapted import Adaptation
 from nestlearn.adaptation.added import KEYS, SAME, Seen, memory_of, refresh
-from nestlearn.adaptation.attach import Adaptation
 from nestlearn.adaptation.keys import rounded
 from nestlearn.adaptation.level_weights import LevelWeights
 from nestlearn.adaptation.memory import WRITTEN, Memory, used_rows, with_rows

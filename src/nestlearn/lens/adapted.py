@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from nestlearn.adaptation.attach import Adaptation, AddedMemory, adaptation_of
+from nestlearn.adaptation.adapted import Adaptation, adaptation_of
+from nestlearn.adaptation.added import AddedMemory
 from nestlearn.adaptation.memory import level_name
 from nestlearn.lens.findings import Found, Scope, Unknown
 from nestlearn.lens.registry import register_module
