@@ -22,7 +22,7 @@ from nestlearn.evals.text import Windows, text
 from tests.evals.conftest import measured
 
 TOY = TextPlan(
-    Size(16, 1, 2), steps=2, batch=2, lrs=(3e-3,), seeds=1, examples=8, length=32, limit=2,
+    Size(32, 1, 4), steps=2, batch=2, lrs=(3e-3,), seeds=1, examples=8, length=32, limit=2,
     systems=("transformer", "hope"),
 )  # fmt: skip
 

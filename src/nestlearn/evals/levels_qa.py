@@ -216,7 +216,9 @@ class LevelsQA(Experiment):
                     ]
                     if points:
                         axis.plot(*zip(*points, strict=True), "o-", label=f"slowest: {lowest}")
-                axis.set(title=f"{task}, {way}", xticks=self.plan.levels)
+                # From zero, and never so close that noise looks like a difference.
+                top = max(10.0, 1.1 * axis.get_ylim()[1])
+                axis.set(title=f"{task}, {way}", xticks=self.plan.levels, ylim=(0, top))
             line[0].set_ylabel("score, %")
         for axis in axes[-1]:
             axis.set_xlabel("levels")
