@@ -22,11 +22,13 @@ from torch import Tensor, nn
 from nestlearn.evals.harness.fitting import fit
 from nestlearn.evals.harness.parallel import in_parallel
 from nestlearn.evals.harness.systems import Size, build
+from nestlearn.evals.harness.task import score
 from nestlearn.evals.harness.trained import Plan, training
 from nestlearn.evals.mqar import AssociativeRecall
 from nestlearn.nn import NeuralMemory, SelfModifyingTitans
 from nestlearn.nn.conv import CausalConv
 from nestlearn.nn.neural_memory import NeuralMemoryState
+from nestlearn.nn.self_modifying import look_back
 
 SYSTEMS = {
     "gated_deltanet": ("gated_deltanet", "random"),
@@ -44,11 +46,10 @@ class ConvolvedBehind(NeuralMemory):
         """Give it the convolution, and perhaps Hope's start."""
         self.conv = CausalConv(3 * self.dim, self.spec.conv_size)
         if as_hope:
-            rows = slice(self.dim, 2 * self.dim)
+            queries, keys = slice(self.dim), slice(self.dim, 2 * self.dim)
+            maps = self.in_proj.weight
             with torch.no_grad():
-                taps = self.conv.weight[rows]
-                taps[..., -2:] = taps.flip(-1)[..., :2].clone()
-                self.in_proj.weight[: self.dim] = self.in_proj.weight[rows]
+                look_back(self.conv.weight[keys], maps[keys], maps[queries])
 
     def _forward(
         self, x: Tensor, state: NeuralMemoryState | None
@@ -86,13 +87,12 @@ def run_cell(system: str, seed: int, plan: dict[str, Any]) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(1 + seed)
     data = training(task, Plan(size, plan["steps"], plan["batch"], (plan["lr"],)), generator, "cpu")
     found = fit(model, data, plan["lr"], plan["steps"])
-    right = {}
-    model.eval()
-    with torch.no_grad():
-        for split in task.splits:
-            batch = task.draw(split, plan["tested"], torch.Generator().manual_seed(7))
-            logits = model(batch.inputs, use_cache=False).logits
-            right[split] = float(batch.correct(logits)[batch.asked].float().mean())
+    right = {
+        split: score(
+            model, task.draw(split, plan["tested"], torch.Generator().manual_seed(7))
+        ).tokens
+        for split in task.splits
+    }
     return {
         "system": system,
         "seed": seed,

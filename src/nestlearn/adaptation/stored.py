@@ -56,6 +56,7 @@ def plan_for(memory: Memory, limit: int | None) -> Stored:
 
 
 def smaller(plan: Stored, limit: int) -> Stored:
+    """The next smaller rank, where names and counts took more room than expected."""
     if plan.storage == "rank:1":
         raise ValueError(f"this memory does not fit into {limit} bytes even at rank 1")
     rank = rank_of(plan.storage) if plan.storage.startswith("rank:") else _RANKS[0] + 1
@@ -71,16 +72,15 @@ def _plans(memory: Memory) -> Iterator[Stored]:
     count = len(memory.snapshots)
 
     fixed = sum(k.numel() + 4 * len(k) for k in memory.fixed.values())
+    # Of what is there now, and of the snapshots, oldest first.
+    current, *earlier = (
+        [tuple(_trimmed(target, t).shape) for own in changes.values() for target, t in own.items()]
+        for changes in (memory.changes, *(s.changes for s in memory.snapshots))
+    )
 
     def size(storage: str, snapshots: int) -> int:
-        kept = [s.changes for s in memory.snapshots[count - snapshots :]]
-        shapes = [
-            tuple(_cut(fold(t) if folds(target) else t).shape)
-            for changes in (memory.changes, *kept)
-            for own in changes.values()
-            for target, t in own.items()
-        ]
-        return fixed + sum(size_of(shape, storage) for shape in shapes)
+        kept = (current, *earlier[count - snapshots :])
+        return fixed + sum(size_of(shape, storage) for shapes in kept for shape in shapes)
 
     if memory.layout.method == "readout":  # rounded sums would have no exact solution
         for kept in range(count, -1, -1):
@@ -96,6 +96,7 @@ def _plans(memory: Memory) -> Iterator[Stored]:
 
 
 def content_of(memory: Memory, plan: Stored) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of a file, and the description of what they are."""
     tensors: dict[str, Tensor] = {}
     kept = memory.snapshots[len(memory.snapshots) - plan.snapshots :]
     optimizer = _cut_state(memory.optimizer) if plan.optimizer else _no_state(memory.optimizer)
@@ -162,11 +163,16 @@ def _store(
     rows: dict[str, dict[str, int]] = {level: {} for level in changes}
     for i, (level, own) in enumerate(changes.items()):
         for target, tensor in own.items():
-            cut = _cut(fold(tensor) if folds(target) else tensor)
-            rows[level][target] = len(cut)
-            for part, stored in encode(cut, storage).items():
+            trimmed = _trimmed(target, tensor)
+            rows[level][target] = len(trimmed)
+            for part, stored in encode(trimmed, storage).items():
                 tensors[key_of(prefix, i, target, part)] = stored
     return rows
+
+
+def _trimmed(target: str, tensor: Tensor) -> Tensor:
+    """What a file has of a change: one triangle of what is symmetric, no zero rows at the end."""
+    return _cut(fold(tensor) if folds(target) else tensor)
 
 
 def folds(target: str) -> bool:
@@ -199,14 +205,16 @@ def unfold(folded: Tensor) -> Tensor:
 
 
 def key_of(prefix: str, level: int, target: str, part: str) -> str:
+    """Name of a stored part of a change."""
     return f"{prefix}/{level}/{target}" + (f"/{part}" if part else "")
 
 
 def digest(text: str, tensors: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256(text.encode())
+    """Checksum over the description and all tensors, in hexadecimal digits."""
+    found = hashlib.sha256(text.encode())
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
-        digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
+        found.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
         if tensor.numel():
-            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+            found.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()

@@ -166,6 +166,7 @@ class LanguageModels(Trained):
     def train(self, model: Any, task: Task, cell: dict[str, Any]) -> dict[str, Any]:
         """Train a model, or load it where it has been trained before."""
         folder = self.folder / _name(cell)
+        keeps = Distributed.start(cell["device"]).main
         stamp = self._stamp(model, cell)
         record = folder / "trained.json"
         if record.is_file():
@@ -177,7 +178,7 @@ class LanguageModels(Trained):
             found = self._train_on_corpus(model, task, cell, folder)
         else:
             found = super().train(model, task, cell)
-            if Distributed.start(cell["device"]).main:
+            if keeps:
                 model.save_pretrained(folder / "final")
         found = {"loss": found["loss"], "seconds": found["seconds"]}
         text = json.dumps({"stamp": stamp, "found": found})
@@ -185,7 +186,7 @@ class LanguageModels(Trained):
         def write(path: Path) -> None:
             path.write_text(text, encoding="utf-8")
 
-        if Distributed.start(cell["device"]).main:
+        if keeps:
             write_file(record, write)
         return found
 

@@ -206,8 +206,7 @@ class SelfModifyingTitans(nn.Module):
         taps = dict(zip(STREAMS, self.conv.weight.chunk(len(STREAMS)), strict=True))
         maps = dict(zip(STREAMS, self.in_proj.weight.chunk(len(STREAMS)), strict=True))
         taps["gate"][..., :-1].uniform_(-0.5, 0.5)
-        taps["k"][..., -2:] = taps["k"].flip(-1)[..., :2].clone()
-        maps["q"].copy_(maps["k"])
+        look_back(taps["k"], maps["k"], maps["q"])
 
     def init_state(
         self,
@@ -288,6 +287,17 @@ class SelfModifyingTitans(nn.Module):
     def extra_repr(self) -> str:
         """Shown by ``print(layer)``."""
         return f"dim={self.dim}, heads={self.heads}, adaptive={self.adaptive}"
+
+
+def look_back(taps: Tensor, key_map: Tensor, query_map: Tensor) -> None:
+    """Make keys of the token before, projected as queries are, which are the token's own.
+
+    Args:
+        taps: of the convolution behind ``key_map``, ``(D, 1, W)``; the last two change places.
+        key_map, query_map: ``(D, D)``; the second becomes the first.
+    """
+    taps[..., -2:] = taps.flip(-1)[..., :2].clone()
+    query_map.copy_(key_map)
 
 
 def _choose(what: str, value: str, allowed: tuple[str, ...]) -> None:
