@@ -39,6 +39,16 @@ VARIANTS = [
     {"chunk": 1, "truncate": True, "retention": "zero", "adaptive": ALL},
     {"chunk": 16, "retention": "zero", "objective": "l2", "memory_depth": 3},
     {"chunk": 4, "retention": "zero", "memory_depth": 1, "readout": "chunk"},
+    *(
+        {"rule": rule, "momentum": momentum, "chunk": chunk, "memory_depth": depth}
+        for rule, momentum in (("dgd", True), ("gd", True), ("gd", False))
+        for depth in (1, 2, 3)
+        for chunk in (1, 4, 33)
+    ),
+    {"momentum": True, "chunk": 16, "retention": "zero", "objective": "l2", "adaptive": ALL},
+    {"momentum": True, "chunk": 4, "readout": "chunk", "targets": "shared"},
+    {"momentum": True, "memory_chunk": 4, "projection_chunk": 7, "weight_decay": False},
+    {"rule": "gd", "momentum": True, "chunk": 8, "retention": "zero", "readout": "chunk"},
 ]
 
 
@@ -89,9 +99,10 @@ def test_equals_the_torch_operations(settings):
 
 
 @needs_kernel
+@pytest.mark.parametrize("momentum", [False, True])
 @pytest.mark.parametrize("chunk", [1, 16, 64])
-def test_float32(chunk):
-    assert_same(*make(torch.float32, chunk=chunk), 1e-4)
+def test_float32(chunk, momentum):
+    assert_same(*make(torch.float32, chunk=chunk, momentum=momentum), 1e-4)
 
 
 @needs_kernel
@@ -117,8 +128,9 @@ def test_rows_at_their_bound(depth, monkeypatch):
 
 
 @needs_kernel
-def test_retention_of_exactly_zero_and_one():
-    layer, x = make(chunk=4, adaptive=("k", "v", "eta"))
+@pytest.mark.parametrize("momentum", [False, True])
+def test_retention_of_exactly_zero_and_one(momentum):
+    layer, x = make(chunk=4, adaptive=("k", "v", "eta"), momentum=momentum)
     for value in (-2000.0, 2000.0):
         with torch.no_grad():
             layer.gates.alpha_bias.fill_(value)
@@ -156,8 +168,6 @@ def test_only_what_it_can_do_goes_there():
     assert plain.runner(weights) is not None
     assert plain.runner(tuple(w.to(torch.bfloat16) for w in weights)) is None
     assert plain.runner(tuple(w.to("meta") for w in weights)) is None
-    assert make(chunk=4, momentum=True)[0].memory.runner(weights) is None
-    assert make(chunk=4, rule="gd")[0].memory.runner(weights) is None
     with native.disabled():
         assert plain.runner(weights) is None
 

@@ -140,12 +140,12 @@ class MemoryGroup(nn.Module):
 
     @property
     def is_plain(self) -> bool:
-        """DGD without momentum: the hot path."""
+        """DGD without momentum: the hot path of the PyTorch operations."""
         return self.rule.delta and self.momentum_logit is None
 
     def runs_native(self, memory: Tensors) -> bool:
-        """Whether the CPU kernel has this group's rule and can run on these weights."""
-        return self.is_plain and len(self.initial) <= native.MAX_DEPTH and native.usable(memory)
+        """Whether the CPU kernel can run on these weights."""
+        return len(self.initial) <= native.MAX_DEPTH and native.usable(memory)
 
     def plan(self, **more: Any) -> native.Plan:
         """What the CPU kernel has to know of this group."""
@@ -154,15 +154,20 @@ class MemoryGroup(nn.Module):
             anchored=self.rule.retention == "initial",
             generated_targets=self.rule.targets == "generated",
             truncate=self.truncate,
+            delta=self.rule.delta,
+            momentum=self.momentum_logit is not None,
             **more,
         )
+
+    def momentum_decay(self, dtype: torch.dtype) -> Tensor | None:
+        """β of every head, ``(H,)``; None without momentum."""
+        return None if self.momentum_logit is None else self.momentum_logit.to(dtype).sigmoid()
 
     def chunk_writes(self, memory: Tensors, written: Tensors) -> list[ChunkWrite]:
         """The chunk writes of ``written = (k, v, eta, alpha)``, layer by layer."""
         k, v, eta, alpha = written
-        beta = None
-        if self.momentum_logit is not None:
-            beta = self.momentum_logit.to(eta.dtype).sigmoid()[:, None].expand_as(eta)
+        beta = self.momentum_decay(eta.dtype)
+        beta = None if beta is None else beta[:, None].expand_as(eta)
         split = len(self.initial)
         anchors = self.anchors(eta.dtype)
         weights, momenta = memory[:split], memory[split:]
@@ -285,6 +290,7 @@ class ProjectionCell:
             x,
             {r: memories.readout[r].to(dtype) for r in scalars},
             {r: gates.bias(r, dtype) for r in scalars},
+            memories.momentum_decay(dtype),
         )
         roles |= made
         return tuple(roles[n] for n in ROLES), memory
@@ -340,7 +346,8 @@ class MainMemory(MemoryGroup):
         roles = dict(zip(ROLES, inputs, strict=True))
         dtype = memory[0].dtype
         bounds, initial = self.bounds(dtype), self.initial_weights(dtype)
-        _, out, memory = native.run_chunks(plan, memory, bounds, initial, roles)
+        decay = self.momentum_decay(dtype)
+        _, out, memory = native.run_chunks(plan, memory, bounds, initial, roles, decay=decay)
         assert out is not None
         return (out,), memory
 
@@ -348,8 +355,9 @@ class MainMemory(MemoryGroup):
         """``M_t(q_t)`` for the last tokens of ``rows``, and the memory after all of them."""
         count, rest = q.shape[2], rows[0].shape[2] - q.shape[2]
         if self.runs_native(memory):  # rows as one chunk of their own length
-            # Padded to whole vectors with tokens that write nothing: eta = 0, alpha = 1.
-            extra = -(rest + count) % native.LANES
+            # Padded to whole vectors with tokens that write nothing: eta = 0, alpha = 1. Momentum
+            # would go on with them.
+            extra = 0 if self.momentum_logit is not None else -(rest + count) % native.LANES
             k, v = (F.pad(t, (0, 0, 0, extra)) for t in rows[:2])
             inputs = (
                 k,

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from nestlearn.files import cache_folder
 
-SOURCES = ("kernel.cpp", "memories.h", "dense.h")
+SOURCES = ("kernel.cpp", "memories.h", "chunk.h", "dense.h")
 FLAGS = (
     "-std=c++17",
     "-O3",

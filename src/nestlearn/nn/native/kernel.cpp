@@ -20,7 +20,7 @@ constexpr int source_of(int role) { return role < VECTORS ? role : VALUE; }
 // number of tokens, chunks x C. A null pointer is "not wanted".
 struct Problem {
     int64_t units, heads, count, size, hidden, depth, chunk, chunks;
-    int64_t l2, token, projections, anchored, shared_targets, truncate;
+    int64_t l2, token, projections, anchored, shared_targets, truncate, delta, momentum;
     int64_t memory_of[ROLES];  // the memory that generates a role; -1: the role is given
     double eta_max;
     std::atomic<int64_t> next;  // unit that no thread has taken yet
@@ -29,6 +29,9 @@ struct Problem {
     void* bounds[MAX_DEPTH];       // (heads, N, out)
     void* trajectory[MAX_DEPTH];   // (units, chunks, N, out, in): at every chunk's start
     void* row_scales[MAX_DEPTH];   // (units, chunks, N, out)
+    void* momenta[MAX_DEPTH];      // like weights
+    void* momenta_trajectory[MAX_DEPTH];
+    void* decay;                   // (heads): of momenta
     void* x[VECTORS];              // (units, T, d), what memories read to generate k, v, q
     void* roles[ROLES];            // (units, T, d) or (units, T): given, or generated
     void* out;                     // (units, T, d), read-out
@@ -36,6 +39,8 @@ struct Problem {
     void* bias[2];                 // (heads)
     void* g_weights[MAX_DEPTH];    // in: by the last state; out: by the first
     void* g_initial[MAX_DEPTH];    // (units, N, out, in)
+    void* g_momenta[MAX_DEPTH];    // like g_weights
+    void* g_decay;                 // (units)
     void* g_x[VECTORS];
     void* g_roles[ROLES];          // generated roles: in; given roles: out
     void* g_out;
@@ -48,7 +53,8 @@ class Unit {
    public:
     explicit Unit(Problem& problem)
         : p(problem),
-          shape{p.size, p.hidden, p.depth, p.chunk, p.l2 != 0, p.shared_targets != 0},
+          shape{p.size, p.hidden, p.depth, p.chunk, p.l2 != 0, p.shared_targets != 0,
+                p.delta != 0, p.momentum != 0},
           C(p.chunk), d(p.size), vector(d * C),
           chunk(shape, arena), memory(shape, chunk, arena) {
         for (T** buffer : {&x, &y, &g_y, &g_out}) *buffer = arena.take(vector);
@@ -63,10 +69,15 @@ class Unit {
     void forward(long unit) {
         T* W[MAX_DEPTH];
         for (long i = 0; i < p.chunks; i++) {
-            for (long l = 0; l < p.depth; l++)
+            for (long l = 0; l < p.depth; l++) {
+                const size_t bytes = p.count * elements[l] * sizeof(T);
                 if (p.trajectory[l])
-                    std::memcpy(start(l, unit, i, 0), weight(p.weights, l, unit, 0),
-                                p.count * elements[l] * sizeof(T));
+                    std::memcpy(start(p.trajectory, l, unit, i, 0), weight(p.weights, l, unit, 0),
+                                bytes);
+                if (p.momentum && p.momenta_trajectory[l])
+                    std::memcpy(start(p.momenta_trajectory, l, unit, i, 0),
+                                weight(p.momenta, l, unit, 0), bytes);
+            }
             if (p.projections) generate(unit, i);
             prepare(unit, i);
             for (long n = 0; n < p.count; n++) {
@@ -76,6 +87,7 @@ class Unit {
                     W[l] = weight(p.weights, l, unit, n);
                     limit[l] = at(p.bounds[l], ((unit % p.heads) * p.count + n) * shape.out(l));
                     scale[l] = row_scale(l, unit, i, n);
+                    if (p.momentum) memory.momentum[l] = weight(p.momenta, l, unit, n);
                 }
                 anchor(unit, n);
                 memory.write(W);
@@ -97,9 +109,12 @@ class Unit {
             prepare(unit, i);
             chunk.clear_gradients();
             for (long n = 0; n < p.count; n++) write_backward(unit, i, n);
-            chunk.solve_backward(chunk.g_lower, chunk.gram, chunk.step, chunk.g_step, d, chunk.k,
-                                 chunk.g_k);
-            chunk.retention_backward(token(p.roles[ALPHA], unit, i, 1), g_role[ALPHA]);
+            chunk.solve_backward(chunk.g_lower, chunk.gram, p.momentum ? chunk.g_gram : nullptr,
+                                 chunk.step, chunk.g_step, d, chunk.k, chunk.g_k);
+            const T* retention = token(p.roles[ALPHA], unit, i, 1);
+            chunk.retention_backward(retention, g_role[ALPHA]);
+            if (p.momentum)
+                *at(p.g_decay, unit) += chunk.momentum_backward(retention, g_role[ALPHA]);
             std::copy(chunk.g_eta, chunk.g_eta + C, g_role[ETA]);
             hand_out(unit, i);
             if (p.projections) generate_backward(unit, i);
@@ -124,8 +139,8 @@ class Unit {
     T* weight(void* const* base, long l, long unit, long n) const {
         return at(base[l], (unit * p.count + n) * elements[l]);
     }
-    T* start(long l, long unit, long i, long n) const {
-        return at(p.trajectory[l], ((unit * p.chunks + i) * p.count + n) * elements[l]);
+    T* start(void* const* base, long l, long unit, long i, long n) const {
+        return at(base[l], ((unit * p.chunks + i) * p.count + n) * elements[l]);
     }
     T* row_scale(long l, long unit, long i, long n) const {
         return p.row_scales[l]
@@ -152,7 +167,8 @@ class Unit {
 
     void prepare(long unit, long i) {
         chunk.prepare(token(p.roles[KEY], unit, i, d), token(p.roles[VALUE], unit, i, d),
-                      token(p.roles[ETA], unit, i, 1), token(p.roles[ALPHA], unit, i, 1));
+                      token(p.roles[ETA], unit, i, 1), token(p.roles[ALPHA], unit, i, 1),
+                      p.momentum ? at(p.decay, unit % p.heads) : nullptr);
     }
 
     // The memories' answers to x, by role (Eq. 84, 86): unit vectors and gates.
@@ -184,10 +200,14 @@ class Unit {
         T *W[MAX_DEPTH], *g_W[MAX_DEPTH], *scale[MAX_DEPTH];
         const T* next[MAX_DEPTH];
         for (long l = 0; l < p.depth; l++) {
-            W[l] = start(l, unit, i, n);
-            next[l] = i + 1 < p.chunks ? start(l, unit, i + 1, n) : weight(p.weights, l, unit, n);
+            W[l] = start(p.trajectory, l, unit, i, n);
+            next[l] = i + 1 < p.chunks ? start(p.trajectory, l, unit, i + 1, n)
+                                       : weight(p.weights, l, unit, n);
             g_W[l] = weight(p.g_weights, l, unit, n);
             scale[l] = row_scale(l, unit, i, n);
+            if (!p.momentum) continue;
+            memory.momentum[l] = start(p.momenta_trajectory, l, unit, i, n);
+            memory.g_momentum[l] = weight(p.g_momenta, l, unit, n);
         }
         anchor(unit, n);
         memory.clear_gradients();
@@ -240,7 +260,7 @@ class Unit {
             transpose(C, d, rows, x);
             T *W[MAX_DEPTH], *g_W[MAX_DEPTH], *g = g_role[role];
             for (long l = 0; l < p.depth; l++) {
-                W[l] = start(l, unit, i, generator[role]);
+                W[l] = start(p.trajectory, l, unit, i, generator[role]);
                 g_W[l] = weight(p.g_weights, l, unit, generator[role]);
             }
             memory.respond(W, x, y);

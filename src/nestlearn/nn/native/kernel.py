@@ -1,9 +1,9 @@
 """Self-modifying memories on a CPU: whole sequences of chunks in one call, with its gradient.
 
 `run_chunks` computes what `nestlearn.nn.scan.scan` computes with the cells of
-`nestlearn.nn.self_memories`, for delta gradient descent without momentum. It is in C++ because a
-chunk is some hundred small operations on matrices that fit into the cache: as PyTorch operations,
-two thirds of the time are dispatch and memory traffic.
+`nestlearn.nn.self_memories`, for delta gradient descent and gradient descent, with momentum or
+without. It is in C++ because a chunk is some hundred small operations on matrices that fit into the
+cache: as PyTorch operations, two thirds of the time are dispatch and memory traffic.
 """
 
 from __future__ import annotations
@@ -39,18 +39,22 @@ class _Problem(ctypes.Structure):
         *((n, ctypes.c_int64) for n in ("units", "heads", "count", "size", "hidden", "depth")),
         *((n, ctypes.c_int64) for n in ("chunk", "chunks", "l2", "token", "projections")),
         *((n, ctypes.c_int64) for n in ("anchored", "shared_targets", "truncate")),
+        *((n, ctypes.c_int64) for n in ("delta", "momentum")),
         ("memory_of", ctypes.c_int64 * len(ROLES)),
         ("eta_max", ctypes.c_double),
         ("next", ctypes.c_int64),
         *((n, ctypes.c_void_p * MAX_DEPTH) for n in ("weights", "initial", "bounds")),
         ("trajectory", ctypes.c_void_p * MAX_DEPTH),
         ("row_scales", ctypes.c_void_p * MAX_DEPTH),
+        *((n, ctypes.c_void_p * MAX_DEPTH) for n in ("momenta", "momenta_trajectory")),
+        ("decay", ctypes.c_void_p),
         ("x", ctypes.c_void_p * len(VECTORS)),
         ("roles", ctypes.c_void_p * len(ROLES)),
         ("out", ctypes.c_void_p),
         ("readout", ctypes.c_void_p * 2),
         ("bias", ctypes.c_void_p * 2),
-        *((n, ctypes.c_void_p * MAX_DEPTH) for n in ("g_weights", "g_initial")),
+        *((n, ctypes.c_void_p * MAX_DEPTH) for n in ("g_weights", "g_initial", "g_momenta")),
+        ("g_decay", ctypes.c_void_p),
         ("g_x", ctypes.c_void_p * len(VECTORS)),
         ("g_roles", ctypes.c_void_p * len(ROLES)),
         ("g_out", ctypes.c_void_p),
@@ -73,6 +77,8 @@ class Plan:
         anchored: retention pulls to the initial states, else to zero.
         generated_targets: memories make their own targets, else they get v.
         truncate: the outer gradient passes no chunk's boundary, but goes to the initial states.
+        delta: delta gradient descent, else gradient descent.
+        momentum: momenta are kept.
     """
 
     chunk: int
@@ -80,6 +86,8 @@ class Plan:
     anchored: bool
     generated_targets: bool
     truncate: bool
+    delta: bool
+    momentum: bool
     generated: tuple[str, ...] = ()
     token: bool = True
     eta_max: float = 1.0
@@ -134,12 +142,14 @@ def run_chunks(
     x: dict[str, Tensor] | None = None,
     readouts: dict[str, Tensor] | None = None,
     biases: dict[str, Tensor] | None = None,
+    decay: Tensor | None = None,
 ) -> tuple[dict[str, Tensor], Tensor | None, Tensors]:
     """Whole chunks of self-referential writes to a group of memories (Eq. 83-93).
 
     Args:
         plan: what kind of group.
-        weights: per layer ``(B, H, N, out, in)``, before the first token.
+        weights: per layer ``(B, H, N, out, in)``, before the first token; with momentum
+            followed by the momenta, of the same shapes.
         bounds: row-norm bounds ``(H, N, out, 1)`` per layer.
         initial: the initial states, ``(H, N, out, in)`` per layer.
         roles: those that are given: vectors ``(B, H, T, d)`` of norm 1, scalars ``(B, H, T)``; T is
@@ -147,15 +157,18 @@ def run_chunks(
         x: what the memories generate the other roles from, ``(B, H, T, d)`` each: a vector role
             from its own, η and α from v's.
         readouts, biases: of generated η and α, ``(H, d)`` and ``(H,)``.
+        decay: of the momenta, ``(H,)``; None without momentum.
 
     Returns:
         The generated roles; the read-out ``(B, H, T, d)`` of a group that is read; the weights
-        after the last token. Differentiable once in all of weights, roles, x, readouts and biases.
+        (and momenta) after the last token. Differentiable once in all of weights, roles, x,
+        readouts, biases and decay.
     """
     x, readouts, biases = x or {}, readouts or {}, biases or {}
     names = tuple(roles)
     tensors = [
         *weights,
+        *(() if decay is None else (decay,)),
         *initial,
         *(roles[n] for n in names),
         *x.values(),
@@ -177,7 +190,9 @@ class _Run(torch.autograd.Function):
         depth = len(bounds)
         rest = [t.contiguous() for t in tensors]
         weights = [w.clone() for w in _take(rest, depth)]
+        momenta = [w.clone() for w in _take(rest, depth * plan.momentum)]
         saved = list(rest)
+        decay = _take(rest, int(plan.momentum))
         initial = _take(rest, depth)
         batch, heads, count, *_ = weights[0].shape
         given = dict(zip(names, _take(rest, len(names)), strict=True))
@@ -193,15 +208,19 @@ class _Run(torch.autograd.Function):
         trajectory: list[Tensor] = []
         scales: list[Tensor] = []
         if keep:
-            trajectory = [w.new_empty(batch, heads, chunks, *w.shape[2:]) for w in weights]
+            trajectory = [
+                w.new_empty(batch, heads, chunks, *w.shape[2:]) for w in (*weights, *momenta)
+            ]
             scales = [w.new_empty(batch, heads, chunks, *w.shape[2:4]) for w in weights]
         ctx.plan, ctx.names, ctx.sources, ctx.scalars = plan, names, sources, scalars
         ctx.depth = depth
         problem = _problem(ctx, weights, initial, roles, out, x, rest, trajectory, scales)
         bounds = [b.to(like.dtype).contiguous() for b in bounds]
         _point(problem.bounds, bounds)
+        _point_momenta(problem, momenta, decay)
         _call("forward", problem, like.dtype)
-        results = (*(roles[n] for n in plan.generated), *(() if out is None else (out,)), *weights)
+        made = (roles[n] for n in plan.generated)
+        results = (*made, *(() if out is None else (out,)), *weights, *momenta)
         if keep:
             ctx.save_for_backward(*saved, *trajectory, *scales, *results)
         return results
@@ -211,16 +230,19 @@ class _Run(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor):
         plan, names, depth = ctx.plan, ctx.names, ctx.depth
         saved = list(ctx.saved_tensors)
+        decay = _take(saved, int(plan.momentum))
         initial = _take(saved, depth)
         given = dict(zip(names, _take(saved, len(names)), strict=True))
         x = dict(zip(ctx.sources, _take(saved, len(ctx.sources)), strict=True))
         gates = _take(saved, 2 * len(ctx.scalars))
-        trajectory, scales = _take(saved, depth), _take(saved, depth)
+        trajectory = _take(saved, depth + depth * plan.momentum)
+        scales = _take(saved, depth)
         made = _take(saved, len(plan.generated))
         out = None if plan.generated else saved.pop(0)
         roles = given | dict(zip(plan.generated, made, strict=True))
         grads = tuple(g.contiguous() for g in grads)
-        g_weights = [g.clone() for g in grads[-depth:]]
+        last = len(trajectory)
+        g_weights = [g.clone() for g in grads[-last:]]
         g_roles = {n: torch.empty_like(t) for n, t in given.items()}
         g_x = {n: torch.empty_like(t) for n, t in x.items()}
         batch, heads = trajectory[0].shape[:2]
@@ -228,7 +250,12 @@ class _Run(torch.autograd.Function):
         g_initial = [w.new_zeros(batch, *w.shape) for w in initial]
         problem = _problem(ctx, saved, initial, roles, out, x, gates, trajectory, scales)
         _point(problem.g_initial, g_initial)
-        _point(problem.g_weights, g_weights)
+        _point(problem.g_weights, g_weights[:depth])
+        g_decay = [t.new_zeros(batch, heads) for t in decay]
+        _point_momenta(problem, (), decay)
+        _point(problem.g_momenta, g_weights[depth:])
+        if g_decay:
+            problem.g_decay = g_decay[0].data_ptr()
         for name, grad in (g_roles | dict(zip(plan.generated, grads, strict=False))).items():
             problem.g_roles[ROLES.index(name)] = grad.data_ptr()
         if out is not None:
@@ -236,14 +263,18 @@ class _Run(torch.autograd.Function):
         _point_vectors(problem.g_x, g_x)
         _point_gates(ctx.scalars, g_gates, problem.g_readout, problem.g_bias)
         _call("backward", problem, trajectory[0].dtype)
-        shared, summed = ([g.sum(0) for g in group] for group in (g_initial, g_gates))
+        of_decay, shared, summed = (
+            [g.sum(0) for g in group] for group in (g_decay, g_initial, g_gates)
+        )
         given_back = (g_roles[n] for n in names)
-        return (None,) * 6 + (*g_weights, *shared, *given_back, *g_x.values(), *summed)
+        return (None,) * 6 + (
+            *g_weights, *of_decay, *shared, *given_back, *g_x.values(), *summed
+        )  # fmt: skip
 
 
 def _problem(ctx, weights, initial, roles, out, x, gates, trajectory, scales) -> _Problem:
     plan = ctx.plan
-    first, last = weights[0], weights[-1]
+    first, last = weights[0], weights[ctx.depth - 1]
     batch, heads, count = first.shape[:3]
     problem = _Problem(
         units=batch * heads,
@@ -251,7 +282,7 @@ def _problem(ctx, weights, initial, roles, out, x, gates, trajectory, scales) ->
         count=count,
         size=last.shape[3],
         hidden=first.shape[3],
-        depth=len(weights),
+        depth=ctx.depth,
         chunk=plan.chunk,
         chunks=roles["k"].shape[2] // plan.chunk,
         l2=plan.objective == "l2",
@@ -260,15 +291,19 @@ def _problem(ctx, weights, initial, roles, out, x, gates, trajectory, scales) ->
         anchored=plan.anchored,
         shared_targets=not plan.generated_targets,
         truncate=plan.truncate,
+        delta=plan.delta,
+        momentum=plan.momentum,
         eta_max=plan.eta_max,
     )
     for i, role in enumerate(ROLES):
         problem.memory_of[i] = plan.generated.index(role) if role in plan.generated else -1
         if role in roles:
             problem.roles[i] = roles[role].data_ptr()
-    _point(problem.weights, weights)
+    depth = ctx.depth
+    _point(problem.weights, weights[:depth])
     _point(problem.initial, initial)
-    _point(problem.trajectory, trajectory)
+    _point(problem.trajectory, trajectory[:depth])
+    _point(problem.momenta_trajectory, trajectory[depth:])
     _point(problem.row_scales, scales)
     if out is not None:
         problem.out = out.data_ptr()
@@ -286,6 +321,12 @@ def _take(tensors: list[Tensor], count: int) -> list[Tensor]:
 def _point(field: Any, tensors: Any) -> None:
     for i, tensor in enumerate(tensors):
         field[i] = tensor.data_ptr()
+
+
+def _point_momenta(problem: _Problem, momenta: Any, decay: list[Tensor]) -> None:
+    _point(problem.momenta, momenta)
+    if decay:
+        problem.decay = decay[0].data_ptr()
 
 
 def _point_vectors(field: Any, tensors: dict[str, Tensor]) -> None:

@@ -3,183 +3,9 @@
 // it is tested; the names are theirs. Tokens are columns here: (rows, C).
 #pragma once
 
-#include <vector>
-
-#include "dense.h"
+#include "chunk.h"
 
 namespace memories {
-
-using namespace dense;
-
-constexpr long MAX_DEPTH = 4;
-constexpr double SMALLEST_RETENTION = 1e-20;  // as in rules/decay.py
-constexpr double FLUSH = 1e-17;  // smaller weights become 0: denormal numbers are slow
-
-struct Shape {
-    long size, hidden, depth, chunk;  // d, width of the hidden layers, L, C
-    bool l2;                          // objective: 1/2 ||M(k) - v||^2, else -<M(k), v>
-    bool shared_targets;              // v itself, not M(v)
-
-    long in(long layer) const { return layer == 0 ? size : hidden; }
-    long out(long layer) const { return layer == depth - 1 ? size : hidden; }
-    bool residual() const { return depth > 1; }
-    long widest() const { return std::max(size, hidden); }
-};
-
-// Aligned buffers that live as long as their owner.
-template <typename T>
-class Arena {
-   public:
-    Arena() = default;
-    Arena(const Arena&) = delete;
-    ~Arena() {
-        for (T* block : blocks) std::free(block);
-    }
-    T* take(long count) {
-        const size_t bytes = (count * sizeof(T) + 127) / 64 * 64;
-        blocks.push_back(static_cast<T*>(std::aligned_alloc(64, bytes)));
-        std::memset(blocks.back(), 0, bytes);
-        return blocks.back();
-    }
-
-   private:
-    std::vector<T*> blocks;
-};
-
-template <typename T>
-void clear(T* a, long n) {
-    std::memset(a, 0, n * sizeof(T));
-}
-
-// What all memories of a group share within a chunk, and the gradients that they add up.
-template <typename T>
-struct Chunk {
-    const Shape shape;
-    const T *k_rows, *v_rows;                      // (C, d)
-    T *k, *v, *eta, *before, *after, *rest, total;  // (d, C), then (C)
-    T *mix;                 // gamma_t / gamma_s for s <= t, else 0; (C, C), row t
-    T *gram, *inverse_t, *step;  // of the first layers, which all read the key
-    T *g_k, *g_v, *g_eta, *g_before, *g_after, *g_rest, g_total, *g_mix, *g_lower, *g_step;
-    T *scratch, *scratch2;  // (C, C)
-
-    Chunk(const Shape& s, Arena<T>& arena) : shape(s) {
-        const long C = s.chunk, n = s.size * C;
-        for (T** buffer : {&k, &v, &g_k, &g_v}) *buffer = arena.take(n);
-        for (T** buffer : {&eta, &before, &after, &rest, &step, &g_eta, &g_before, &g_after,
-                           &g_rest, &g_step})
-            *buffer = arena.take(C);
-        for (T** buffer : {&mix, &gram, &inverse_t, &g_mix, &g_lower, &scratch, &scratch2})
-            *buffer = arena.take(C * C);
-    }
-
-    // Everything that depends on keys, values and gates only.
-    void prepare(const T* keys, const T* values, const T* rates, const T* retention) {
-        const long C = shape.chunk;
-        k_rows = keys;
-        v_rows = values;
-        transpose(C, shape.size, keys, k);
-        transpose(C, shape.size, values, v);
-        std::copy(rates, rates + C, eta);
-        T gamma = 1;
-        for (long t = 0; t < C; t++) {
-            const T alpha = std::max(retention[t], T(SMALLEST_RETENTION));
-            before[t] = gamma;
-            after[t] = gamma *= alpha;
-            T* row = mix + t * C;
-            for (long s = 0; s < t; s++) row[s] = row[s - C] * alpha;
-            row[t] = 1;
-            for (long s = t + 1; s < C; s++) row[s] = 0;
-        }
-        total = gamma;
-        std::copy(mix + (C - 1) * C, mix + C * C, rest);
-        nn(C, C, shape.size, keys, k, gram);
-        solve(gram, step, inverse_t);
-    }
-
-    // Proximal steps and ((I + L)^-1)^T of L[t, s] = step_t gamma_{t-1}/gamma_s <a_t, a_s>, s < t.
-    void solve(const T* products, T* steps, T* inverse) {
-        const long C = shape.chunk;
-        for (long t = 0; t < C; t++) {
-            steps[t] = eta[t] / (1 + eta[t] * products[t * C + t]);
-            const T *pairs = mix + (t - 1) * C, *row = products + t * C;
-            T* negative = scratch + t * C;
-            for (long s = 0; s < t; s++) negative[s] = -steps[t] * pairs[s] * row[s];
-        }
-        for (long s = C - 1; s >= 0; s--) {
-            T* row = inverse + s * C;
-            const long below = C - 1 - s;
-            if (below)
-                gemm(1, C, below, scratch + (s + 1) * C + s, 0, C, row + C, C, row, C, false);
-            else
-                clear(row, C);
-            row[s] = 1;
-        }
-    }
-
-    void clear_gradients() {
-        const long C = shape.chunk;
-        clear(g_k, shape.size * C);
-        clear(g_v, shape.size * C);
-        for (T* g : {g_eta, g_before, g_after, g_rest, g_step}) clear(g, C);
-        clear(g_mix, C * C);
-        clear(g_lower, C * C);
-        g_total = 0;
-    }
-
-    // From dL = -(g_x^T u) to the inputs `a` (in, C) of a layer, its steps and the retention.
-    void solve_backward(const T* lower, const T* products, const T* steps, T* g_steps, long in,
-                        const T* a, T* g_a) {
-        const long C = shape.chunk;
-        T *g_gram = scratch, *mirror = scratch2;
-        for (long t = 0; t < C; t++) {
-            const T *pairs = mix + (t - 1) * C, *g = lower + t * C, *row = products + t * C;
-            T *to = g_gram + t * C, *g_pairs = g_mix + (t - 1) * C;
-            const T eta_step = steps[t];
-            T sum = 0;
-            INDEPENDENT
-            for (long s = 0; s < t; s++) {
-                const T both = g[s] * row[s];
-                sum += both * pairs[s];
-                g_pairs[s] -= eta_step * both;
-                to[s] = -g[s] * pairs[s] * eta_step;
-            }
-            g_steps[t] -= sum;
-            clear(to + t, C - t);
-            to[t] = -eta_step * eta_step * g_steps[t];  // d eta'/d ||a||^2 = -eta'^2
-            const T denominator = 1 + eta[t] * row[t];
-            g_eta[t] += g_steps[t] / (denominator * denominator);
-        }
-        transpose(C, C, g_gram, mirror);
-        each(C, C, [=](long i, long) { mirror[i] += g_gram[i]; });
-        nn(in, C, C, a, mirror, g_a, true);
-    }
-
-    // Gradient of the retention, (C).
-    void retention_backward(const T* retention, T* g_retention) {
-        const long C = shape.chunk;
-        T* g_log = g_after;  // by log gamma_t
-        for (long t = 0; t < C; t++) g_log[t] *= after[t];
-        for (long t = 1; t < C; t++) g_log[t - 1] += g_before[t] * before[t];
-        T last = g_total * total;
-        for (long s = 0; s < C; s++) {
-            const T g = g_rest[s] * rest[s];
-            last += g;
-            g_log[s] -= g;
-        }
-        g_log[C - 1] += last;
-        for (long t = 1; t < C; t++)
-            for (long s = 0; s < t; s++) {
-                const T g = g_mix[t * C + s] * mix[t * C + s];
-                g_log[t] += g;
-                g_log[s] -= g;
-            }
-        T sum = 0;
-        for (long t = C - 1; t >= 0; t--) {
-            sum += g_log[t];
-            g_retention[t] = retention[t] < T(SMALLEST_RETENTION) ? 0 : sum / retention[t];
-        }
-    }
-};
 
 // One memory within a chunk: weights are given layer by layer, (out, in).
 template <typename T>
@@ -188,6 +14,8 @@ class Memory {
     // What retention pulls to, by layer, (out, in); null: zero. Gradients are added to g_anchor.
     const T* anchor[MAX_DEPTH] = {};
     T* g_anchor[MAX_DEPTH] = {};
+    // Momentum at the chunk's start, `update` carries it on; its gradient, like that of weights.
+    T *momentum[MAX_DEPTH] = {}, *g_momentum[MAX_DEPTH] = {};
 
     Memory(const Shape& s, Chunk<T>& c, Arena<T>& arena) : shape(s), chunk(c), C(s.chunk) {
         const long n = s.widest() * C;
@@ -202,7 +30,13 @@ class Memory {
             step[l] = arena.take(C);
             g_step[l] = arena.take(C);
         }
-        for (T** buffer : {&target, &answer, &one, &two, &three}) *buffer = arena.take(n);
+        for (long l = 0; s.momentum && l < s.depth; l++) {
+            for (T** buffer : {&v[l], &g_v[l], &carried[l], &inner[l], &read_carried[l],
+                               &g_read_carried[l]})
+                *buffer = arena.take(n);
+            for (T** buffer : {&pairs[l], &late_scores[l]}) *buffer = arena.take(C * C);
+        }
+        for (T** buffer : {&target, &answer, &one, &two, &three, &four}) *buffer = arena.take(n);
         for (T** buffer : {&square_one, &square_two}) *buffer = arena.take(C * C);
         scale = arena.take(C);
         along = arena.take(C);
@@ -270,14 +104,11 @@ class Memory {
                 tn(C, C, shape.in(l), a[l], a[l], gram[l]);
                 chunk.solve(gram[l], step[l], inverse_t[l]);
             }
-            const T *r = response[l], *error = grad[l], *before = chunk.before, *s = step[l];
-            const T* f = fixed[l];  // zero without an anchor
-            if (anchor[l]) nn(shape.out(l), C, shape.in(l), anchor[l], a[l], fixed[l]);
-            T* x = one;
-            each(shape.out(l), C, [=](long i, long c) {
-                x[i] = -s[c] * (error[i] + f[i] + before[c] * (r[i] - f[i]));
-            });
-            nn(shape.out(l), C, C, x, inverse_t[l], u[l]);
+            T* own = shape.momentum ? v[l] : u[l];
+            const T *s = step[l], *error = grad[l];
+            if (shape.momentum || !shape.delta)
+                each(shape.out(l), C, [=](long i, long c) { own[i] = -s[c] * error[i]; });
+            if (shape.delta) write_delta(l);  // else u of a momentum stays zero
         }
     }
 
@@ -288,6 +119,7 @@ class Memory {
             const T *terms = u[l], *rest = chunk.rest, total = chunk.total, *rows = chunk.k_rows;
             T *weighted = one, *w = W[l];
             each(out, C, [=](long i, long c) { weighted[i] = terms[i] * rest[c]; });
+            if (shape.momentum) add_late(l, weighted);
             if (l > 0) {
                 transpose(in, C, a[l], two);
                 rows = two;
@@ -295,6 +127,17 @@ class Memory {
             each(1, out * in, [=](long i, long) { w[i] *= total; });
             if (const T* to = anchor[l])
                 each(1, out * in, [=](long i, long) { w[i] += (1 - total) * to[i]; });
+            if (shape.momentum) {
+                const T gain = chunk.gain[C - 1], kept = chunk.powers[C], *powers = chunk.powers;
+                const T* own = v[l];
+                T *S = momentum[l], *recent = three;
+                each(1, out * in, [=](long i, long) {
+                    w[i] += gain * S[i];
+                    S[i] *= kept;
+                });
+                each(out, C, [=](long i, long c) { recent[i] = own[i] * powers[C - 1 - c]; });
+                nn(out, in, C, recent, rows, S, true);
+            }
             nn(out, in, C, weighted, rows, w, true);
             for (long r = 0; r < out; r++) {
                 T* row = w + r * in;
@@ -326,6 +169,7 @@ class Memory {
             each(out, C, [=](long i, long c) { y[i] = f[i] + after[c] * (plain[i] - f[i]); });
             transpose(C, C, score, square_one);
             nn(out, C, C, u[l], square_one, y, true);
+            if (shape.momentum) read_late(l);
             if (l + 1 < shape.depth) activate(out, y, read_in[l + 1], read_gate[l + 1]);
         }
         finish(q, read_out[shape.depth - 1], o);
@@ -335,6 +179,7 @@ class Memory {
         for (long l = 0; l < shape.depth; l++) {
             clear(g_u[l], shape.out(l) * C);
             clear(g_grad[l], shape.out(l) * C);
+            if (shape.momentum) clear(g_v[l], shape.out(l) * C);
             if (l > 0) {
                 clear(g_a[l], shape.in(l) * C);
                 clear(g_step[l], C);
@@ -357,6 +202,7 @@ class Memory {
                 g_mix[i] += g_score[i] * raw[i];
                 g_score[i] *= mix[i];
             });
+            if (shape.momentum) read_late_backward(l, g_y, g_score);
             nn(in, C, C, read_in[l], g_score, g_a[l], true);
             transpose(C, C, g_score, square_two);
             nn(in, C, C, a[l], square_two, g_x);
@@ -370,6 +216,7 @@ class Memory {
             });
             tn(in, C, out, W[l], g_y, g_x, true);
             if (anchor[l]) tn(in, C, out, anchor[l], g_f, g_x, true);
+            if (shape.momentum) tn(in, C, out, momentum[l], g_read_carried[l], g_x, true);
             if (l > 0) {
                 const T *value = read_in[l], *gate = read_gate[l];
                 T* to = g_read[l - 1];
@@ -387,6 +234,8 @@ class Memory {
             transpose(shape.in(l), C, read_in[l], one);
             nn(shape.out(l), shape.in(l), C, g_read[l], one, g_W[l], true);
             if (anchor[l]) nn(shape.out(l), shape.in(l), C, g_fixed[l], one, g_anchor[l], true);
+            if (shape.momentum)
+                nn(shape.out(l), shape.in(l), C, g_read_carried[l], one, g_momentum[l], true);
         }
     }
 
@@ -430,7 +279,11 @@ class Memory {
     // responses of the anchors, in `write` and in the read-out
     T *fixed[MAX_DEPTH], *read_fixed[MAX_DEPTH], *g_fixed[MAX_DEPTH];
     T *scores[MAX_DEPTH], *raw_scores[MAX_DEPTH], *g_read[MAX_DEPTH];
-    T *target, *answer, *scale, *along, *one, *two, *three, *square_one, *square_two;
+    // momentum: terms v, responses S_0 a and S_0 x, what stands in brackets in `write_delta`
+    T *v[MAX_DEPTH], *g_v[MAX_DEPTH], *carried[MAX_DEPTH], *inner[MAX_DEPTH];
+    T *read_carried[MAX_DEPTH], *g_read_carried[MAX_DEPTH];
+    T *pairs[MAX_DEPTH], *late_scores[MAX_DEPTH];
+    T *target, *answer, *scale, *along, *one, *two, *three, *four, *square_one, *square_two;
 
     static inline T slope(T value, T gate) { return gate + value - value * gate; }
 
@@ -454,6 +307,75 @@ class Memory {
         each(shape.size, C, [=](long i, long) { y[i] = top[i] + share * x[i]; });
     }
 
+    // u of a layer under the delta rule: ((I + L)^-1 x)^T.
+    void write_delta(long l) {
+        const long in = shape.in(l), out = shape.out(l);
+        const T *r = response[l], *error = grad[l], *before = chunk.before, *s = step[l];
+        const T* f = fixed[l];  // zero without an anchor
+        if (anchor[l]) nn(out, C, in, anchor[l], a[l], fixed[l]);
+        T* x = one;
+        if (shape.momentum) {
+            inner_of_momentum(l);
+            const T* y = inner[l];
+            each(out, C, [=](long i, long c) { x[i] = -s[c] * y[i]; });
+        } else {
+            each(out, C, [=](long i, long c) {
+                x[i] = -s[c] * (error[i] + f[i] + before[c] * (r[i] - f[i]));
+            });
+        }
+        nn(out, C, C, x, inverse_t[l], u[l]);
+    }
+
+    // M_{t-1} a_t but for what the terms u of the chunk add, which the inverse sees to.
+    void inner_of_momentum(long l) {
+        const long in = shape.in(l), out = shape.out(l);
+        const T *products = gram[l], *late = chunk.late, *r = response[l], *f = fixed[l];
+        T *both = pairs[l], *p = carried[l], *y = inner[l];
+        for (long t = 0; t < C; t++)
+            for (long c = 0; c < C; c++)
+                both[t * C + c] = c < t ? products[t * C + c] * late[(t - 1) * C + c] : T(0);
+        transpose(C, C, both, square_one);
+        nn(out, C, C, v[l], square_one, y);
+        nn(out, C, in, momentum[l], a[l], p);
+        const T *before = chunk.before, *gain = chunk.gain;
+        each(out, C, [=](long i, long c) {
+            y[i] += f[i] + before[c] * (r[i] - f[i]) + (c ? gain[c - 1] : T(0)) * p[i];
+        });
+    }
+
+    void add_late(long l, T* weighted) {
+        const T *own = v[l], *rest = chunk.late + (C - 1) * C;
+        each(shape.out(l), C, [=](long i, long c) { weighted[i] += own[i] * rest[c]; });
+    }
+
+    // What momentum adds to the read-out of a layer.
+    void read_late(long l) {
+        const long in = shape.in(l), out = shape.out(l);
+        const T *raw = raw_scores[l], *late = chunk.late, *gain = chunk.gain;
+        T *score = late_scores[l], *y = read_out[l], *p = read_carried[l];
+        each(C, C, [=](long i, long) { score[i] = raw[i] * late[i]; });
+        transpose(C, C, score, square_one);
+        nn(out, C, C, v[l], square_one, y, true);
+        nn(out, C, in, momentum[l], read_in[l], p);
+        each(out, C, [=](long i, long c) { y[i] += gain[c] * p[i]; });
+    }
+
+    // Gradients of `read_late`, but for the momentum's and the inputs': g_scores +=.
+    void read_late_backward(long l, const T* g_y, T* g_scores) {
+        const long out = shape.out(l);
+        const T *raw = raw_scores[l], *late = chunk.late, *gain = chunk.gain;
+        const T* p = read_carried[l];
+        T *g_late = chunk.g_late, *g_score = square_two, *g_p = g_read_carried[l];
+        nn(out, C, C, g_y, late_scores[l], g_v[l], true);
+        tn(C, C, out, g_y, v[l], g_score);
+        each(C, C, [=](long i, long) {
+            g_late[i] += g_score[i] * raw[i];
+            g_scores[i] += g_score[i] * late[i];
+        });
+        sum_rows(out, C, chunk.g_gain, true, [=](long i, long) { return g_y[i] * p[i]; });
+        each(out, C, [=](long i, long c) { g_p[i] = g_y[i] * gain[c]; });
+    }
+
     // Clipped rows lose the part of the gradient along themselves: w_new = bound w / ||w||.
     void guard_backward(long l, const T* w_new, const T* row_scale, T* g_w) {
         const long in = shape.in(l);
@@ -466,14 +388,12 @@ class Memory {
         }
     }
 
-    // As _DGDWrite.backward in rules/dgd_write.py.
+    // As _DGDWrite.backward in rules/dgd_write.py, and what momentum adds.
     void layer_backward(long l, const T* w, T* g_w) {
         const long in = shape.in(l), out = shape.out(l);
-        const T *terms = u[l], *rest = chunk.rest, *before = chunk.before, *s = step[l];
-        const T *error = grad[l], *r = response[l], total = chunk.total;
-        T *g_weighted = one, *weighted = two, *g_x = three;
-        T *g_error = g_grad[l], *g_r = g_response[l], *g_terms = g_u[l];
-        const T *f = fixed[l], *to = anchor[l];
+        const T *terms = u[l], *rest = chunk.rest, *s = step[l], *error = grad[l];
+        const T *to = anchor[l], total = chunk.total;
+        T *g_weighted = one, *weighted = two, *g_x = three, *g_terms = g_u[l];
         chunk.g_total += dot(out * in, g_w, w) - (to ? dot(out * in, g_w, to) : 0);
         nn(out, C, in, g_w, a[l], g_weighted);
         sum_rows(out, C, chunk.g_rest, true, [=](long i, long) { return g_weighted[i] * terms[i]; });
@@ -481,44 +401,134 @@ class Memory {
             weighted[i] = terms[i] * rest[c];
             g_terms[i] += g_weighted[i] * rest[c];
         });
+        if (shape.momentum) {
+            add_late(l, weighted);
+            carry_backward(l, g_w, g_weighted);
+        }
         tn(in, C, out, g_w, weighted, g_a[l], true);
-        transpose(C, C, inverse_t[l], square_one);
-        nn(out, C, C, g_terms, square_one, g_x);
-        sum_rows(out, C, g_step[l], true,
-                 [=](long i, long c) {
-                     return -g_x[i] * (error[i] + f[i] + before[c] * (r[i] - f[i]));
-                 });
-        T* g_e = weighted;
-        each(out, C, [=](long i, long c) {
-            g_e[i] = -s[c] * g_x[i];
-            g_error[i] += g_e[i];
-            g_r[i] = g_e[i] * before[c];
-        });
-        sum_rows(out, C, chunk.g_before, true,
-                 [=](long i, long) { return g_e[i] * (r[i] - f[i]); });
-        if (to) anchor_backward(l, g_e, g_w);
-        if (l == 0) {
-            tn(C, C, out, g_x, terms, chunk.g_lower, true);
+        const T* more = nullptr;
+        if (shape.delta) {
+            transpose(C, C, inverse_t[l], square_one);
+            nn(out, C, C, g_terms, square_one, g_x);
+            if (shape.momentum) more = inner_backward_of_momentum(l, g_x);
+            delta_backward(l, g_x, g_w);
         } else {
-            tn(C, C, out, g_x, terms, square_one);
-            chunk.solve_backward(square_one, gram[l], s, g_step[l], in, a[l], g_a[l]);
+            clear(g_response[l], out * C);
+        }
+        if (shape.momentum || !shape.delta) {
+            const T* g_own = shape.momentum ? g_v[l] : g_u[l];
+            T* g_error = g_grad[l];
+            sum_rows(out, C, g_step[l], true,
+                     [=](long i, long) { return -g_own[i] * error[i]; });
+            each(out, C, [=](long i, long c) { g_error[i] -= s[c] * g_own[i]; });
+        }
+        if (to) {
+            const T left = 1 - total;
+            T* g_to = g_anchor[l];
+            each(1, out * in, [=](long i, long) { g_to[i] += left * g_w[i]; });
+        }
+        if (l == 0) {
+            if (shape.delta) tn(C, C, out, g_x, terms, chunk.g_lower, true);
+        } else {
+            if (shape.delta)
+                tn(C, C, out, g_x, terms, square_one);
+            else
+                clear(square_one, C * C);
+            chunk.solve_backward(square_one, gram[l], more, s, g_step[l], in, a[l], g_a[l]);
         }
         each(1, out * in, [=](long i, long) { g_w[i] *= total; });
     }
 
-    // Of the response of an anchor, and of what it adds to the weights; overwrites g_e.
-    void anchor_backward(long l, T* g_e, const T* g_w) {
+    // Of x in `write_delta`: errors, responses, steps and anchors. Overwrites `one` and `two`.
+    void delta_backward(long l, const T* g_x, const T* g_w) {
+        const long out = shape.out(l);
+        const T *before = chunk.before, *s = step[l], *error = grad[l], *r = response[l];
+        const T *f = fixed[l], *y = inner[l];
+        T *g_e = two, *g_error = g_grad[l], *g_r = g_response[l];
+        if (shape.momentum)
+            sum_rows(out, C, g_step[l], true, [=](long i, long) { return -g_x[i] * y[i]; });
+        else
+            sum_rows(out, C, g_step[l], true, [=](long i, long c) {
+                return -g_x[i] * (error[i] + f[i] + before[c] * (r[i] - f[i]));
+            });
+        each(out, C, [=](long i, long c) {
+            g_e[i] = -s[c] * g_x[i];
+            g_r[i] = g_e[i] * before[c];
+        });
+        if (!shape.momentum) each(out, C, [=](long i, long) { g_error[i] += g_e[i]; });
+        sum_rows(out, C, chunk.g_before, true,
+                 [=](long i, long) { return g_e[i] * (r[i] - f[i]); });
+        if (anchor[l]) anchor_backward(l, g_e);
+    }
+
+    // Of the response of an anchor; overwrites g_e.
+    void anchor_backward(long l, T* g_e) {
         const long in = shape.in(l), out = shape.out(l);
-        const T *before = chunk.before, *rows = chunk.k_rows, rest = 1 - chunk.total;
-        T *g_f = g_e, *g_to = g_anchor[l];
+        const T* before = chunk.before;
+        T* g_f = g_e;
         each(out, C, [=](long i, long c) { g_f[i] *= 1 - before[c]; });
         tn(in, C, out, anchor[l], g_f, g_a[l], true);
-        if (l > 0) {
-            transpose(in, C, a[l], one);
-            rows = one;
+        nn(out, in, C, g_f, input_rows(l), g_anchor[l], true);
+    }
+
+    // Inputs of a layer with tokens as rows, (C, in); those of hidden layers lie in `one`.
+    const T* input_rows(long l) {
+        if (l == 0) return chunk.k_rows;
+        transpose(shape.in(l), C, a[l], one);
+        return one;
+    }
+
+    // Of what `update` does with momentum; g_momentum goes from the new one to the old.
+    void carry_backward(long l, const T* g_w, const T* g_weighted) {
+        const long in = shape.in(l), out = shape.out(l);
+        const T *own = v[l], *S = momentum[l], *powers = chunk.powers;
+        const T *rest = chunk.late + (C - 1) * C, gain = chunk.gain[C - 1], kept = powers[C];
+        T *g_S = g_momentum[l], *g_own = g_v[l], *g_recent = four, *dots = along;
+        sum_rows(out, C, chunk.g_late + (C - 1) * C, true,
+                 [=](long i, long) { return g_weighted[i] * own[i]; });
+        chunk.g_gain[C - 1] += dot(out * in, g_w, S);
+        chunk.g_powers[C] += dot(out * in, g_S, S);
+        nn(out, C, in, g_S, a[l], g_recent);
+        sum_rows(out, C, dots, false, [=](long i, long) { return g_recent[i] * own[i]; });
+        for (long c = 0; c < C; c++) chunk.g_powers[C - 1 - c] += dots[c];
+        T* recent = four;
+        each(out, C, [=](long i, long c) {
+            g_own[i] += g_weighted[i] * rest[c] + g_recent[i] * powers[C - 1 - c];
+            recent[i] = own[i] * powers[C - 1 - c];
+        });
+        tn(in, C, out, g_S, recent, g_a[l], true);
+        each(1, out * in, [=](long i, long) { g_S[i] = kept * g_S[i] + gain * g_w[i]; });
+    }
+
+    // Gradients of `inner_of_momentum`, but for responses and anchors. Returns that of the
+    // products of the inputs, or adds it to the chunk's where all memories share them.
+    const T* inner_backward_of_momentum(long l, const T* g_x) {
+        const long in = shape.in(l), out = shape.out(l);
+        const T *s = step[l], *p = carried[l], *products = gram[l], *late = chunk.late;
+        const T* gain = chunk.gain;
+        T *g_y = two, *g_p = four, *g_both = square_one, *dots = along;
+        T *g_products = l == 0 ? chunk.g_gram : square_two, *g_late = chunk.g_late;
+        each(out, C, [=](long i, long c) {
+            g_y[i] = -s[c] * g_x[i];
+            g_p[i] = (c ? gain[c - 1] : T(0)) * g_y[i];
+        });
+        sum_rows(out, C, dots, false, [=](long i, long) { return g_y[i] * p[i]; });
+        for (long c = 1; c < C; c++) chunk.g_gain[c - 1] += dots[c];
+        nn(out, C, C, g_y, pairs[l], g_v[l], true);
+        tn(C, C, out, g_y, v[l], g_both);
+        for (long t = 0; t < C; t++) {
+            const T *g = g_both + t * C, *pair = products + t * C, *before = late + (t - 1) * C;
+            T *to = g_products + t * C, *g_before = g_late + (t - 1) * C;
+            if (l > 0) clear(to, C);
+            INDEPENDENT
+            for (long c = 0; c < t; c++) {
+                g_before[c] += g[c] * pair[c];
+                to[c] += g[c] * before[c];
+            }
         }
-        nn(out, in, C, g_f, rows, g_to, true);
-        each(1, out * in, [=](long i, long) { g_to[i] += rest * g_w[i]; });
+        tn(in, C, out, momentum[l], g_p, g_a[l], true);
+        nn(out, in, C, g_p, input_rows(l), g_momentum[l], true);
+        return g_products;
     }
 
     // From the gradients by layer responses, errors and inputs to weights, keys and values.
