@@ -14,7 +14,7 @@ from nestlearn.evals import needles, needles_trained
 from nestlearn.evals.harness.experiment import Request
 from nestlearn.evals.harness.results import Results
 from nestlearn.evals.harness.systems import Size
-from nestlearn.evals.harness.task import IGNORE, TRAIN
+from nestlearn.evals.harness.task import IGNORE, TRAIN, VALIDATION
 from nestlearn.evals.haystack import Haystack, encode, insert, sentences_of
 from nestlearn.evals.needles import TASKS, Generator, contained, evaluate
 from nestlearn.train.tokenizers import train_bpe
@@ -182,7 +182,7 @@ def novels(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_training_batches_ask_for_the_reply_alone(novels: None) -> None:
-    task = needles_trained.NeedleMixture((400, 800), (800,), 420, 20_000)
+    task = needles_trained.NeedleMixture((200, 400, 800), (800,), 420, 20_000)
     tokenizer, _, held = task.materials()
     assert "Ruth" in tokenizer.decode(held.tokens)
     seen = set()
@@ -198,6 +198,23 @@ def test_training_batches_ask_for_the_reply_alone(novels: None) -> None:
             words = re.findall(r"[\w-]+", tokenizer.decode(reply[:-1]))
             assert words and all(f"is: {w}." in text for w in words)
     assert seen == {(4, 400), (2, 800)}
+
+
+def test_lessons_grow_from_one_needle_to_all_tasks(novels: None) -> None:
+    task = needles_trained.NeedleMixture((200, 400, 800), (800,), 420, 20_000)
+    tokenizer, _, _ = task.materials()
+    for progress, counts, words in ((0.0, {4}, {1}), (0.3, {2}, {1, 4}), (0.99, {1, 2}, {1, 4})):
+        taught = task.at(progress)
+        seen, answers = set(), set()
+        for seed in range(12):
+            batch = taught.draw(TRAIN, 1, torch.Generator().manual_seed(seed))
+            seen.add(len(batch))
+            for targets in batch.targets:
+                reply = tokenizer.decode([t for t in targets.tolist() if t != IGNORE][:-1])
+                answers.add(reply.count(",") + 1)
+        assert (seen, answers) == (counts, words)
+    held = [t.draw(VALIDATION, 4, torch.Generator().manual_seed(0)) for t in (task, task.at(0.0))]
+    assert torch.equal(held[0].inputs, held[1].inputs)
 
 
 def test_the_experiment_runs_and_reports(

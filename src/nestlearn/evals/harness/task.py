@@ -99,6 +99,12 @@ class Task(ABC):
     def draw(self, split: str, count: int, generator: torch.Generator) -> Batch:
         """``count`` examples of a split: `TRAIN`, `VALIDATION` or one of ``splits``."""
 
+    def at(self, progress: float) -> Task:
+        """The task as it is taught after a share of the training steps, in [0, 1): a curriculum
+        for all systems. By default the same from beginning to end; what ``draw`` gives for other
+        splits than `TRAIN` never changes."""
+        return self
+
 
 @torch.no_grad()
 def score(model: torch.nn.Module, batch: Batch, rows: int = 32) -> Score:

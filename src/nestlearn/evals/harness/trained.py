@@ -225,7 +225,7 @@ def training(
     device: str,
     together: Distributed | None = None,
 ) -> Iterable[functools.partial[torch.Tensor]]:
-    """Losses of endless batches: new examples, or rows of a pool in a new order at every pass.
+    """Losses of a plan's batches: new examples, or rows of a pool in a new order at every pass.
 
     Of several processes each has its rows of the batch that one process would have, with a loss
     whose mean over processes is the batch's.
@@ -233,9 +233,9 @@ def training(
     together = together or Distributed()
     pool = None if plan.pool is None else task.draw(TRAIN, plan.pool, generator)
     order = torch.empty(0, dtype=torch.long)
-    while True:
+    for step in range(plan.steps):
         if pool is None:
-            batch = task.draw(TRAIN, plan.batch, generator)
+            batch = task.at(step / plan.steps).draw(TRAIN, plan.batch, generator)
         else:
             while len(order) < plan.batch:
                 order = torch.cat([order, torch.randperm(len(pool), generator=generator)])
