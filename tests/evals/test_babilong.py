@@ -260,6 +260,20 @@ def test_training_asks_for_the_answer_at_the_end(toy: BabiLong) -> None:
     assert sizes == {4, 2}  # as many tokens at every length
 
 
+def test_texts_grow_while_training_goes_on(toy: BabiLong) -> None:
+    task = toy.tasks()["qa1"]
+    longest = []
+    for progress in (0.0, 0.4, 0.99):
+        taught = task.at(progress)
+        sizes = {
+            int(taught.draw(TRAIN, 1, torch.Generator().manual_seed(s)).asked[0].int().argmax()) + 1
+            for s in range(12)
+        }
+        longest.append(sizes & {64, 128})
+        assert progress > 0 or max(sizes) < 64
+    assert longest == [set(), {64}, {64, 128}]
+
+
 def test_the_experiment_runs_and_reports(toy: BabiLong, tmp_path: Any) -> None:
     results = Results(tmp_path / "r.json", "?", {})
     cells = toy.due(results, Request())

@@ -9,6 +9,7 @@ question (BM25). An answer is one word; right is what the model finds most likel
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import gzip
 import math
@@ -141,7 +142,7 @@ class Scattered(Task):
 
     Args:
         name: ``"qa1"`` ... ``"qa5"``.
-        trained, tested: lengths of texts, in tokens; 0: only the facts.
+        trained, tested: ascending lengths of texts, in tokens; 0: only the facts.
         vocab_size, characters: of the tokenizer, and read into each haystack.
     """
 
@@ -155,9 +156,17 @@ class Scattered(Task):
     ) -> None:
         self.name, self.trained, self.tested = name, trained, tested
         self.vocab_size, self.characters = vocab_size, characters
+        self.lengths = trained  # those a training batch has one of
         self.length = trained[-1]
         self.splits = tuple(map(str, tested))
         self._made: tuple[dict[str, list[Story]], dict[str, Scatterer]] | None = None
+
+    def at(self, progress: float) -> Scattered:
+        """Texts grow: the shortest, then every length with the one before it."""
+        self.materials()  # shared with the copy
+        taught, last = copy.copy(self), int(progress * len(self.trained))
+        taught.lengths = self.trained[max(0, last - 1) : last + 1]
+        return taught
 
     def materials(self) -> tuple[dict[str, list[Story]], dict[str, Scatterer]]:
         """Stories and scatterers, by split (`TRAIN`, `VALIDATION`, ``"test"``)."""
@@ -196,7 +205,7 @@ class Scattered(Task):
         rng = np.random.default_rng(int(torch.randint(2**62, (1,), generator=generator)))
         length = self.trained[-1]
         if split == TRAIN:
-            length = int(rng.choice(self.trained))
+            length = int(rng.choice(self.lengths))
             count *= max(1, self.trained[-1] // max(length, SHORT))
         part = split if split in (TRAIN, VALIDATION) else "test"
         samples = self.samples(part, count, length, rng)

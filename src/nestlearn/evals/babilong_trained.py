@@ -36,7 +36,7 @@ class BabiPlan(Plan):
     """
 
     tasks: tuple[str, ...] = ("qa1",)
-    trained: tuple[int, ...] = (0, 256, 512, 1024)
+    trained: tuple[int, ...] = (0, 256, 1024, 4096)
     tested: tuple[int, ...] = (0, 1024, 4096, 16_384, 65_536, 262_144, 1_048_576)
     budget: int = 16 * 2**20
     segment: int = 256
@@ -62,7 +62,7 @@ class BabiLong(Trained):
     }
     plans: Mapping[Scale, BabiPlan] = {
         "tiny": BabiPlan(
-            Size(64, 2, 2), steps=1_600, batch=4, lrs=(3e-3,), weight_decays=(0.0,), seeds=1,
+            Size(64, 2, 2), steps=1_600, batch=1, lrs=(3e-3,), weight_decays=(0.0,), seeds=1,
             systems=("transformer", "armt", "titans", "hope"), examples=100,
         ),
         "small": BabiPlan(
