@@ -90,6 +90,15 @@ def test_trained_models_are_shared(
     (one,), (two,) = first.rows(system="hope"), again.rows(system="hope")
     assert one["test"] == two["test"]
     assert one["losses"] == two["losses"]
+
+    class Elsewhere(ContextUse):
+        """Another experiment, with settings of its own, on the same models."""
+
+        def settings(self) -> dict[str, Any]:
+            return {**super().settings(), "more": 1}
+
+    (three,) = measured(Elsewhere(), tmp_path / "more.json", systems=("hope",)).rows(system="hope")
+    assert three["test"] == one["test"]
     other = dataclasses.replace(TOY, steps=3)
     monkeypatch.setattr(ContextUse, "plans", {"tiny": other})
     with pytest.raises(TypeError):  # of another plan: trained anew

@@ -191,7 +191,9 @@ class LanguageModels(Trained):
         return found
 
     def _stamp(self, model: Any, cell: dict[str, Any]) -> dict[str, Any]:
-        settings = {k: v for k, v in self.settings().items() if k not in ("limit", "examples")}
+        # Not those of a subclass: what is measured later does not change what is trained.
+        shared = LanguageModels.settings(self)
+        settings = {k: v for k, v in shared.items() if k not in ("limit", "examples")}
         fields = json.loads(model.config.to_json_string(use_diff=False))
         own = {k: cell[k] for k in ("lr", "weight_decay", "seed")}
         stamp = json.dumps({"settings": settings, "model": fields, **own})
