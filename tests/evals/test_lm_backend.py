@@ -168,6 +168,24 @@ def test_no_request_is_cut_silently() -> None:
         )
 
 
+def test_an_answer_longer_than_the_context_is_read_in_pieces() -> None:
+    model, tokenizer = tiny_model(), ByteTokenizer()
+    answer = " a mat, and did not move all day."
+    request = asked("the cat sat on", answer)
+    with pytest.raises(ValueError, match="1 of 1 requests"):
+        Backend(model, tokenizer, max_length=20).loglikelihood([request])
+    cut = Backend(model, tokenizer, max_length=20, overflow="cut", notify=lambda line: None)
+    (value, greedy), (short, _) = cut.loglikelihood([request, asked("a", " b")])
+    before, said = list(b"the cat sat on"), list(answer.encode())
+    parts = [
+        alone(model, [before[-1]], said[:20]),
+        alone(model, (before + said[:20])[-(20 - len(said[20:]) + 1) :], said[20:]),
+    ]
+    assert value == pytest.approx(sum(v for v, _ in parts), abs=1e-4)
+    assert greedy == all(g for _, g in parts)
+    assert short == pytest.approx(alone(model, list(b"a"), list(b" b"))[0], abs=1e-4)
+
+
 def test_context_lengths_and_refusals() -> None:
     assert context_length(tiny_model()) == 256
     assert context_length(hope("self_modifying")) is None

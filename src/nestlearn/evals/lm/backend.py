@@ -130,12 +130,13 @@ class Backend(TemplateLM):
     ) -> list[tuple[float, bool]]:
         """Of ``(text, context, continuation)`` in tokens: log-likelihood of the continuation, and
         whether greedy decoding would say it."""
-        fitted = self._fit([(c, a) for _, c, a in requests])
+        owners, fitted = self._fit([(c, a) for _, c, a in requests])
         # Requests whose inputs are equal (answers of one token to one question) are read once.
         same: dict[tuple[int, ...], list[int]] = {}
         for number, (context, answer) in enumerate(fitted):
             same.setdefault(tuple(context + answer[:-1]), []).append(number)
         found: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
+        # An answer in pieces: log-likelihoods add up, and all must be what greedy decoding says.
         for rows in self._batches(list(same)):
             first = min(len(fitted[i][0]) for row in rows for i in same[row]) - 1
             for row, logs in zip(rows, self._log_probabilities(rows, first), strict=True):
@@ -145,22 +146,28 @@ class Backend(TemplateLM):
                     part = logs[start : start + len(answer)]
                     right = torch.tensor(answer, device=part.device)
                     value = float(part.gather(1, right[:, None]).double().sum())
-                    found[i] = value, bool((part.argmax(-1) == right).all())
+                    total, greedy = found[owners[i]]
+                    said = bool((part.argmax(-1) == right).all())
+                    found[owners[i]] = total + value, greedy and said
         return found
 
-    def _fit(self, pairs: list[tuple[list[int], list[int]]]) -> list[tuple[list[int], list[int]]]:
-        """Contexts cut so that what is read fits, if that is allowed."""
+    def _fit(
+        self, pairs: list[tuple[list[int], list[int]]]
+    ) -> tuple[list[int], list[tuple[list[int], list[int]]]]:
+        """Contexts cut so that what is read fits, if that is allowed; an answer that is longer than
+        the model's context in pieces, each after as much as fits of what is before it. First the
+        number of the pair that each belongs to."""
         limit = self.max_length
         if limit is None:
-            return pairs
-        lengths = [len(context) + len(answer) - 1 for context, answer in pairs]
-        self._say_overflow(lengths, limit)
-        if any(len(answer) > limit for _, answer in pairs):
-            raise ValueError(f"an answer alone is longer than the model's context of {limit}")
-        return [
-            (context[max(0, length - limit) :], answer)
-            for (context, answer), length in zip(pairs, lengths, strict=True)
-        ]
+            return list(range(len(pairs))), pairs
+        self._say_overflow([len(context) + len(answer) - 1 for context, answer in pairs], limit)
+        owners, fitted = [], []
+        for number, (context, answer) in enumerate(pairs):
+            for start in range(0, len(answer), limit):
+                piece, before = answer[start : start + limit], context + answer[:start]
+                owners.append(number)
+                fitted.append((before[max(0, len(before) + len(piece) - 1 - limit) :], piece))
+        return owners, fitted
 
     def _say_overflow(self, lengths: list[int], limit: int) -> None:
         over = [n for n in lengths if n > limit]
