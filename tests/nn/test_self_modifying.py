@@ -3,10 +3,12 @@ tests/equations, the streaming contracts in tests/contracts."""
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 
-from nestlearn.nn import SelfModifyingTitans, scan, self_modifying
+from nestlearn.nn import SelfModifyingTitans, native, scan, self_modifying
 from nestlearn.nn.compiled import compile_model
 
 
@@ -120,6 +122,7 @@ def test_writing_matters():
         ({"memory_chunk": 0}, "memory_chunk must be at least 1"),
         ({"projection_chunk": -1}, "projection_chunk must be at least 1"),
         ({"eta_max": 0.0}, "eta_max must be positive"),
+        ({"write_threshold": 1.0}, r"write_threshold must be in \[0, 1\)"),
         ({"conv_size": 0}, "conv size"),
     ],
 )
@@ -167,3 +170,21 @@ def test_a_long_constant_stream_leaves_no_denormal_numbers():
     everything = torch.cat([w.flatten() for w in weights]).abs()
     assert everything.max() > 1e-3
     assert everything[everything > 0].min() > 1e-18
+
+
+@pytest.mark.parametrize("kernel", [True, False])
+def test_below_the_threshold_nothing_is_written(kernel):
+    layer = SelfModifyingTitans(16, 2, memory_chunk=4, projection_chunk=4, write_threshold=0.1,
+                                weight_decay=False)  # fmt: skip
+    x = torch.randn(2, 12, 16)
+    before = layer.init_state(2)
+    for bias, writes in ((-6.0, False), (0.0, True)):
+        with torch.no_grad():
+            layer.gates.eta_bias.fill_(bias)
+            with contextlib.nullcontext() if kernel else native.disabled():
+                _, after = layer(x)
+        pairs = [
+            *zip(after.memory.weights, before.memory.weights, strict=True),
+            *zip(after.projections.weights, before.projections.weights, strict=True),
+        ]
+        assert all(torch.equal(a, b) for a, b in pairs) is not writes

@@ -51,6 +51,7 @@ def _self_modifying(config: Any) -> nn.Module:
         half_lives=tuple(config.memory_half_lives),
         adaptive=tuple(config.memory_adaptive),
         eta_max=config.eta_max,
+        write_threshold=config.write_threshold,
         conv_size=config.conv_size,
     )
 

@@ -279,7 +279,12 @@ class ProjectionCell:
         roles = {n: gates.role(n, raw) for n, raw in fixed.items()}
         if not gates.weight_decay:
             roles["alpha"] = inputs[0].new_ones(inputs[0].shape[:-1])
-        plan = memories.plan(chunk=self.chunk, generated=memories.roles, eta_max=gates.eta_max)
+        plan = memories.plan(
+            chunk=self.chunk,
+            generated=memories.roles,
+            eta_max=gates.eta_max,
+            threshold=gates.threshold,
+        )
         scalars = [r for r in memories.roles if r not in VECTORS]
         made, _, memory = native.run_chunks(
             plan,
@@ -378,7 +383,8 @@ class MainMemory(MemoryGroup):
 
 
 class Gates(nn.Module):
-    """From raw answers to roles: unit vectors, ``η = η_max sigmoid(·)``, ``α = sigmoid(·)``.
+    """From raw answers to roles: unit vectors, ``η = η_max max(0, sigmoid(·) - c) / (1 - c)`` with
+    the threshold c, ``α = sigmoid(·)``.
 
     Retention starts spread over heads, so that what is written fades to a half within
     ``half_lives`` tokens, shortest in the first head and longest in the last.
@@ -387,9 +393,15 @@ class Gates(nn.Module):
     lr_scale = LR_SCALE
 
     def __init__(
-        self, heads: int, eta_max: float, weight_decay: bool, half_lives: tuple[float, float]
+        self,
+        heads: int,
+        eta_max: float,
+        weight_decay: bool,
+        half_lives: tuple[float, float],
+        threshold: float = 0.0,
     ):
         super().__init__()
+        self.threshold = threshold
         self.eta_max, self.weight_decay, self.heads = eta_max, weight_decay, heads
         self.half_lives = half_lives
         self.eta_bias = nn.Parameter(torch.empty(heads))
@@ -399,7 +411,9 @@ class Gates(nn.Module):
     def reset_parameters(self) -> None:
         """η starts at 0.05 (or half its maximum), α at the half-lives."""
         with torch.no_grad():
-            self.eta_bias.fill_(-math.log(self.eta_max / min(0.05, self.eta_max / 2) - 1))
+            share = min(0.05, self.eta_max / 2) / self.eta_max
+            gate = self.threshold + (1 - self.threshold) * share
+            self.eta_bias.fill_(-math.log(1 / gate - 1))
             if self.alpha_bias is not None:
                 shortest, longest = (math.log10(t) for t in self.half_lives)
                 rate = math.log(2) / torch.logspace(shortest, longest, self.heads)
@@ -417,7 +431,11 @@ class Gates(nn.Module):
         if name in VECTORS:
             return unit(raw)
         gate = torch.sigmoid(raw + self.bias(name, raw.dtype)[:, None])
-        return self.eta_max * gate if name == "eta" else gate
+        if name == "alpha":
+            return gate
+        if self.threshold:
+            gate = F.relu(gate - self.threshold) / (1 - self.threshold)
+        return self.eta_max * gate
 
     def bias(self, name: str, dtype: torch.dtype) -> Tensor:
         """What is added to the raw answer of η or α, ``(H,)``."""

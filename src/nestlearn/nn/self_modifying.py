@@ -93,6 +93,9 @@ class SelfModifyingTitans(nn.Module):
         adaptive: roles among k, v, q, eta, alpha that have a memory; others are linear maps.
         eta_max: largest inner learning rate. Above 1 a write may turn an answer round (the proximal
             step exceeds 1/2), which tracking a state such as a parity takes.
+        write_threshold: c in [0, 1): a token whose gate, the sigmoid in η, is not above c writes
+            exactly nothing, so that any number of such tokens leaves the memories as they are but
+            for α; ``η = η_max max(0, gate - c) / (1 - c)``. **Our choice**, off by default.
         conv_size: window of the causal convolution behind the maps to heads.
         checkpoint_chunks: > 0: recompute activations in the backward pass, so many chunks at once.
 
@@ -133,6 +136,7 @@ class SelfModifyingTitans(nn.Module):
         truncate: bool = False,
         adaptive: tuple[str, ...] = ("k", "v", "eta", "alpha"),
         eta_max: float = 8.0,
+        write_threshold: float = 0.0,
         conv_size: int = 4,
         checkpoint_chunks: int = 0,
     ):
@@ -158,6 +162,8 @@ class SelfModifyingTitans(nn.Module):
             )
         if not eta_max > 0:
             raise ValueError(f"eta_max must be positive, got {eta_max}")
+        if not 0 <= write_threshold < 1:
+            raise ValueError(f"write_threshold must be in [0, 1), got {write_threshold}")
         self.dim, self.heads, self.conv_size = dim, heads, conv_size
         self.checkpoint_chunks = checkpoint_chunks
         self.adaptive = tuple(r for r in ROLES if r in adaptive and (r != "alpha" or weight_decay))
@@ -180,7 +186,8 @@ class SelfModifyingTitans(nn.Module):
             if self.fixed_scalars
             else None
         )
-        self.gates = Gates(heads, eta_max, weight_decay, (half_lives[0], half_lives[1]))
+        lives = (half_lives[0], half_lives[1])
+        self.gates = Gates(heads, eta_max, weight_decay, lives, write_threshold)
         self.projections = (
             ProjectionMemories(self.adaptive, chunk=projection_chunk, **group)
             if self.adaptive

@@ -88,6 +88,7 @@ _SELF_MODIFYING = (
     "memory_truncate",
     "memory_adaptive",
     "eta_max",
+    "write_threshold",
 )
 
 
@@ -115,6 +116,7 @@ class HopeConfig(PreTrainedConfig):
         memory_truncate: let no training gradient pass a chunk's boundary.
         memory_adaptive: which projections are memories, of ``"k", "v", "q", "eta", "alpha"``.
         eta_max: largest inner learning rate; conv_size: window of the causal convolution.
+        write_threshold: tokens whose write gate is not above it write exactly nothing, in [0, 1).
         sliding_window: attention sees this many latest tokens; None: all, but half of
             ``max_position_embeddings`` in ``"samba"``, ``"titans_mag"`` and ``"titans_mal"``.
         cms_periods: update period of each CMS level in optimizer steps, fastest first; ``[1]`` is a
@@ -155,6 +157,7 @@ class HopeConfig(PreTrainedConfig):
     memory_truncate: bool = False
     memory_adaptive: list[str] | tuple[str, ...] = ("k", "v", "eta", "alpha")
     eta_max: float = 8.0
+    write_threshold: float = 0.0
     conv_size: int = 4
     sliding_window: int | None = None
     cms_periods: list[int] | tuple[int, ...] = (1,)
@@ -264,6 +267,9 @@ class HopeConfig(PreTrainedConfig):
             value = getattr(self, field)
             number = isinstance(value, int | float) and not isinstance(value, bool)
             _require(number and 0 < value < float("inf"), field, value, "a number > 0")
+        share = self.write_threshold
+        number = isinstance(share, int | float) and not isinstance(share, bool)
+        _require(number and 0 <= share < 1, "write_threshold", share, "a number in [0, 1)")
         for field in _YES_NO:
             value = getattr(self, field)
             _require(isinstance(value, bool), field, value, "True or False")

@@ -22,7 +22,7 @@ struct Problem {
     int64_t units, heads, count, size, hidden, depth, chunk, chunks;
     int64_t l2, token, projections, anchored, shared_targets, truncate, delta, momentum;
     int64_t memory_of[ROLES];  // the memory that generates a role; -1: the role is given
-    double eta_max;
+    double eta_max, threshold;  // eta = eta_max max(0, gate - threshold) / (1 - threshold)
     std::atomic<int64_t> next;  // unit that no thread has taken yet
     void* weights[MAX_DEPTH];      // per layer (units, N, out, in): the state, updated in place
     void* initial[MAX_DEPTH];      // (heads, N, out, in): the state before the first token
@@ -188,11 +188,12 @@ class Unit {
             }
             T* gate = token(p.roles[role], unit, i, 1);
             const T bias = *at(p.bias[role - ETA], head);
-            const T most = role == ETA ? T(p.eta_max) : T(1);
             gemm(1, C, d, at(p.readout[role - ETA], head * d), 0, 1, y, C, gate, C, false);
             for (long t = 0; t < C; t++) gate[t] += bias;
             sigmoid(C, gate, gate);
-            for (long t = 0; t < C; t++) gate[t] *= most;
+            if (role != ETA) continue;
+            const T shut = p.threshold, most = T(p.eta_max) / (1 - shut);
+            for (long t = 0; t < C; t++) gate[t] = most * std::max(T(0), gate[t] - shut);
         }
     }
 
@@ -270,10 +271,12 @@ class Unit {
                 memory.unit_backward(g_y, factor, g);
             } else {
                 const T* gate = token(p.roles[role], unit, i, 1);
-                const T most = role == ETA ? T(p.eta_max) : T(1);
+                const T shut = role == ETA ? T(p.threshold) : T(0);
+                const T most = (role == ETA ? T(p.eta_max) : T(1)) / (1 - shut);
                 T *raw = chunk.g_before, *g_readout = at(p.g_readout[role - ETA], unit * d);
                 for (long t = 0; t < C; t++) {
-                    raw[t] = g[t] * gate[t] * (1 - gate[t] / most);
+                    const T open = gate[t] / most + shut;
+                    raw[t] = gate[t] > 0 ? g[t] * most * open * (1 - open) : T(0);
                     *at(p.g_bias[role - ETA], unit) += raw[t];
                 }
                 const T* readout = at(p.readout[role - ETA], head * d);

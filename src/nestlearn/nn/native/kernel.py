@@ -41,7 +41,7 @@ class _Problem(ctypes.Structure):
         *((n, ctypes.c_int64) for n in ("anchored", "shared_targets", "truncate")),
         *((n, ctypes.c_int64) for n in ("delta", "momentum")),
         ("memory_of", ctypes.c_int64 * len(ROLES)),
-        ("eta_max", ctypes.c_double),
+        *((n, ctypes.c_double) for n in ("eta_max", "threshold")),
         ("next", ctypes.c_int64),
         *((n, ctypes.c_void_p * MAX_DEPTH) for n in ("weights", "initial", "bounds")),
         ("trajectory", ctypes.c_void_p * MAX_DEPTH),
@@ -73,7 +73,7 @@ class Plan:
         generated: roles made by the group's memories, in their order; empty: the group is one
             memory that is read with q.
         token: read after each token's own write, else at the chunk's start.
-        eta_max: largest inner learning rate, for generated η.
+        eta_max, threshold: of generated η, see `nestlearn.nn.self_memories.Gates`.
         anchored: retention pulls to the initial states, else to zero.
         generated_targets: memories make their own targets, else they get v.
         truncate: the outer gradient passes no chunk's boundary, but goes to the initial states.
@@ -91,6 +91,7 @@ class Plan:
     generated: tuple[str, ...] = ()
     token: bool = True
     eta_max: float = 1.0
+    threshold: float = 0.0
 
 
 _switch = threading.local()
@@ -294,6 +295,7 @@ def _problem(ctx, weights, initial, roles, out, x, gates, trajectory, scales) ->
         delta=plan.delta,
         momentum=plan.momentum,
         eta_max=plan.eta_max,
+        threshold=plan.threshold,
     )
     for i, role in enumerate(ROLES):
         problem.memory_of[i] = plan.generated.index(role) if role in plan.generated else -1
