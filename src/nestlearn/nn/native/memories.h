@@ -445,17 +445,22 @@ class Memory {
         const T *before = chunk.before, *s = step[l], *error = grad[l], *r = response[l];
         const T *f = fixed[l], *y = inner[l];
         T *g_e = two, *g_error = g_grad[l], *g_r = g_response[l];
-        if (shape.momentum)
+        if (shape.momentum) {
             sum_rows(out, C, g_step[l], true, [=](long i, long) { return -g_x[i] * y[i]; });
-        else
+            each(out, C, [=](long i, long c) {
+                g_e[i] = -s[c] * g_x[i];
+                g_r[i] = g_e[i] * before[c];
+            });
+        } else {
             sum_rows(out, C, g_step[l], true, [=](long i, long c) {
                 return -g_x[i] * (error[i] + f[i] + before[c] * (r[i] - f[i]));
             });
-        each(out, C, [=](long i, long c) {
-            g_e[i] = -s[c] * g_x[i];
-            g_r[i] = g_e[i] * before[c];
-        });
-        if (!shape.momentum) each(out, C, [=](long i, long) { g_error[i] += g_e[i]; });
+            each(out, C, [=](long i, long c) {
+                g_e[i] = -s[c] * g_x[i];
+                g_error[i] += g_e[i];
+                g_r[i] = g_e[i] * before[c];
+            });
+        }
         sum_rows(out, C, chunk.g_before, true,
                  [=](long i, long) { return g_e[i] * (r[i] - f[i]); });
         if (anchor[l]) anchor_backward(l, g_e);
