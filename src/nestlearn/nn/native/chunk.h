@@ -120,7 +120,7 @@ struct Chunk {
     }
 
 
-    // Proximal steps and ((I + L)^-1)^T of L[t, s] = step_t gamma_{t-1}/gamma_s <a_t, a_s>, s < t.
+    // Proximal steps and, under the delta rule, ((I + L)^-1)^T of L[t, s] = step_t gamma_{t-1}/gamma_s <a_t, a_s>, s < t.
     void solve(const T* products, T* steps, T* inverse) {
         const long C = shape.chunk;
         for (long t = 0; t < C; t++) {
@@ -129,6 +129,7 @@ struct Chunk {
             T* negative = scratch + t * C;
             for (long s = 0; s < t; s++) negative[s] = -steps[t] * pairs[s] * row[s];
         }
+        if (!shape.delta) return;
         for (long s = C - 1; s >= 0; s--) {
             T* row = inverse + s * C;
             const long below = C - 1 - s;

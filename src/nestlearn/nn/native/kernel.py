@@ -190,8 +190,8 @@ class _Run(torch.autograd.Function):
     def forward(ctx: Any, plan, bounds, names, sources, scalars, keep, *tensors):
         depth = len(bounds)
         rest = [t.contiguous() for t in tensors]
-        weights = [w.clone() for w in _take(rest, depth)]
-        momenta = [w.clone() for w in _take(rest, depth * plan.momentum)]
+        state = [w.clone() for w in _take(rest, depth + depth * plan.momentum)]
+        weights = state[:depth]  # momenta come behind
         saved = list(rest)
         decay = _take(rest, int(plan.momentum))
         initial = _take(rest, depth)
@@ -209,19 +209,16 @@ class _Run(torch.autograd.Function):
         trajectory: list[Tensor] = []
         scales: list[Tensor] = []
         if keep:
-            trajectory = [
-                w.new_empty(batch, heads, chunks, *w.shape[2:]) for w in (*weights, *momenta)
-            ]
+            trajectory = [w.new_empty(batch, heads, chunks, *w.shape[2:]) for w in state]
             scales = [w.new_empty(batch, heads, chunks, *w.shape[2:4]) for w in weights]
         ctx.plan, ctx.names, ctx.sources, ctx.scalars = plan, names, sources, scalars
         ctx.depth = depth
-        problem = _problem(ctx, weights, initial, roles, out, x, rest, trajectory, scales)
+        problem = _problem(ctx, state, decay, initial, roles, out, x, rest, trajectory, scales)
         bounds = [b.to(like.dtype).contiguous() for b in bounds]
         _point(problem.bounds, bounds)
-        _point_momenta(problem, momenta, decay)
         _call("forward", problem, like.dtype)
         made = (roles[n] for n in plan.generated)
-        results = (*made, *(() if out is None else (out,)), *weights, *momenta)
+        results = (*made, *(() if out is None else (out,)), *state)
         if keep:
             ctx.save_for_backward(*saved, *trajectory, *scales, *results)
         return results
@@ -249,11 +246,10 @@ class _Run(torch.autograd.Function):
         batch, heads = trajectory[0].shape[:2]
         g_gates = [g.new_zeros(batch, *g.shape) for g in gates]
         g_initial = [w.new_zeros(batch, *w.shape) for w in initial]
-        problem = _problem(ctx, saved, initial, roles, out, x, gates, trajectory, scales)
+        problem = _problem(ctx, saved, decay, initial, roles, out, x, gates, trajectory, scales)
         _point(problem.g_initial, g_initial)
         _point(problem.g_weights, g_weights[:depth])
         g_decay = [t.new_zeros(batch, heads) for t in decay]
-        _point_momenta(problem, (), decay)
         _point(problem.g_momenta, g_weights[depth:])
         if g_decay:
             problem.g_decay = g_decay[0].data_ptr()
@@ -273,7 +269,7 @@ class _Run(torch.autograd.Function):
         )  # fmt: skip
 
 
-def _problem(ctx, weights, initial, roles, out, x, gates, trajectory, scales) -> _Problem:
+def _problem(ctx, weights, decay, initial, roles, out, x, gates, trajectory, scales) -> _Problem:
     plan = ctx.plan
     first, last = weights[0], weights[ctx.depth - 1]
     batch, heads, count = first.shape[:3]
@@ -303,6 +299,9 @@ def _problem(ctx, weights, initial, roles, out, x, gates, trajectory, scales) ->
             problem.roles[i] = roles[role].data_ptr()
     depth = ctx.depth
     _point(problem.weights, weights[:depth])
+    _point(problem.momenta, weights[depth:])
+    if decay:
+        problem.decay = decay[0].data_ptr()
     _point(problem.initial, initial)
     _point(problem.trajectory, trajectory[:depth])
     _point(problem.momenta_trajectory, trajectory[depth:])
@@ -323,12 +322,6 @@ def _take(tensors: list[Tensor], count: int) -> list[Tensor]:
 def _point(field: Any, tensors: Any) -> None:
     for i, tensor in enumerate(tensors):
         field[i] = tensor.data_ptr()
-
-
-def _point_momenta(problem: _Problem, momenta: Any, decay: list[Tensor]) -> None:
-    _point(problem.momenta, momenta)
-    if decay:
-        problem.decay = decay[0].data_ptr()
 
 
 def _point_vectors(field: Any, tensors: dict[str, Tensor]) -> None:

@@ -280,9 +280,9 @@ class Memory {
     T *fixed[MAX_DEPTH], *read_fixed[MAX_DEPTH], *g_fixed[MAX_DEPTH];
     T *scores[MAX_DEPTH], *raw_scores[MAX_DEPTH], *g_read[MAX_DEPTH];
     // momentum: terms v, responses S_0 a and S_0 x, what stands in brackets in `write_delta`
-    T *v[MAX_DEPTH], *g_v[MAX_DEPTH], *carried[MAX_DEPTH], *inner[MAX_DEPTH];
-    T *read_carried[MAX_DEPTH], *g_read_carried[MAX_DEPTH];
-    T *pairs[MAX_DEPTH], *late_scores[MAX_DEPTH];
+    T *v[MAX_DEPTH] = {}, *g_v[MAX_DEPTH] = {}, *carried[MAX_DEPTH] = {}, *inner[MAX_DEPTH] = {};
+    T *read_carried[MAX_DEPTH] = {}, *g_read_carried[MAX_DEPTH] = {};
+    T *pairs[MAX_DEPTH] = {}, *late_scores[MAX_DEPTH] = {};
     T *target, *answer, *scale, *along, *one, *two, *three, *four, *square_one, *square_two;
 
     static inline T slope(T value, T gate) { return gate + value - value * gate; }
