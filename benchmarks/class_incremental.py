@@ -52,6 +52,14 @@ GRIDS: dict[str, list[dict[str, Any]]] = {
 }
 TOGETHER = ("joint", "joint_4_passes")
 """Methods that see all tasks at once."""
+ASKED = ("end", "own", "all")
+"""What is asked: everything after the last task; also every task when it was learned; after every
+task about all tasks so far."""
+KNOWN_FROM = {
+    "end": ("average_accuracy",),
+    "own": ("average_accuracy", "forgetting_since_learned", "backward_transfer"),
+}
+"""The metrics that need less than a whole matrix."""
 
 
 def make(method: str, settings: dict[str, Any], model: Any, tokenizer: Any, plan: Any) -> Any:
@@ -107,7 +115,8 @@ def run_cell(
     taught = make(method, settings, model, tokenizer, plan | {"seed": seed})
     setup, learning = time.perf_counter() - began, 0.0
     last = len(stream.tasks) - 1
-    matrix: list[list[float]] = []
+    ask = "end" if tuning or method in TOGETHER else plan["ask"]
+    matrix: list[list[Any]] = []  # None: not asked
     for i in range(last + 1):
         examples = stream.examples(i)
         if method in TOGETHER:
@@ -118,30 +127,31 @@ def run_cell(
         start = time.perf_counter()
         taught.learn(examples)
         learning += time.perf_counter() - start
-        if (tuning or plan["last_only"]) and i < last:
+        if ask == "end" and i < last:
             continue
-        labels = stream.seen(i)
-        asked = [(j, text, label) for j in range(i + 1) for text, label in stream.tasks[j].test]
+        labels, first = stream.seen(i), i if ask == "own" and i < last else 0
+        asked = [
+            (j, text, label) for j in range(first, i + 1) for text, label in stream.tasks[j].test
+        ]
         given = taught.classify(
             [stream.prompt(text) for _, text, _ in asked], [stream.completion(c) for c in labels]
         )
         right = [labels[g] == label for g, (_, _, label) in zip(given, asked, strict=True)]
-        matrix.append(
-            [
-                statistics.fmean(r for r, (j, _, _) in zip(right, asked, strict=True) if j == k)
-                for k in range(i + 1)
-            ]
-        )
+        matrix.append([None] * first + [
+            statistics.fmean(r for r, (j, _, _) in zip(right, asked, strict=True) if j == k)
+            for k in range(first, i + 1)
+        ])  # fmt: skip
     row: dict[str, Any] = {
         "method": method, "settings": settings, "seed": seed, "tuning": tuning,
-        "tuned": tuning or plan["tuned"],
+        "tuned": tuning or plan["tuned"], "asked": ask,
         "average_accuracy": statistics.fmean(matrix[-1]), "accuracy_matrix": matrix,
         "classes": len(stream.seen(last)), "asked_at_the_end": len(asked),
         "setup_seconds": setup, "learning_seconds": learning,
         "seconds": time.perf_counter() - began, "dtype": str(model.dtype),
     }  # fmt: skip
-    if len(matrix) == last + 1 > 1:
-        row |= {name: metric(matrix) for name, metric in METRICS.items()}
+    for name in KNOWN_FROM.get(ask, METRICS):
+        if name != "average_accuracy" and last > 0:
+            row[name] = METRICS[name](matrix)
     if method == "icl":
         row["examples_shown"] = taught.shown
     return row
@@ -163,7 +173,9 @@ def summarise(results: Results) -> dict[str, Any]:
         if not rows:
             continue
         summary[method] = {
-            name: statistics.fmean(r[name] for r in rows) for name in METRICS if name in rows[0]
+            name: statistics.fmean(found)
+            for name in METRICS
+            if (found := [r[name] for r in rows if name in r])
         }
         spread = [r["average_accuracy"] for r in rows]
         summary[method] |= {
@@ -176,7 +188,8 @@ def summarise(results: Results) -> dict[str, Any]:
 
 
 def plot(results: Results, path: Path) -> None:
-    """Average accuracy on the classes seen, after each task."""
+    """Average accuracy on the classes seen, after each task where that was asked; a square: at the
+    end, of all seeds."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -188,15 +201,19 @@ def plot(results: Results, path: Path) -> None:
         if not rows:
             continue
         matrices = [r["accuracy_matrix"] for r in rows]
-        curve = [
-            statistics.fmean(statistics.fmean(m[i]) for m in matrices)
-            for i in range(len(matrices[0]))
-        ]
+        whole = [m for m in matrices if len(m) > 1 and None not in m[-2]]
+        end = statistics.fmean(statistics.fmean(m[-1]) for m in matrices)
         if method in TOGETHER:
-            axes.axhline(curve[-1], linestyle="--", color="grey", linewidth=1)
-            axes.annotate(method, (1, curve[-1]), fontsize=8)
-        else:
-            axes.plot(range(1, len(curve) + 1), curve, marker="o", label=f"{method} ({len(rows)})")
+            axes.axhline(end, linestyle="--", color="grey", linewidth=1)
+            axes.annotate(method, (1, end), fontsize=8)
+            continue
+        curve = [
+            statistics.fmean(statistics.fmean(m[i]) for m in whole)
+            for i in range(len(whole[0]) if whole else 0)
+        ]
+        (line,) = axes.plot(range(1, len(curve) + 1), curve, marker="o")
+        label, tasks = f"{method} ({len(rows)})", len(matrices[0][-1])
+        axes.plot([tasks], [end], "s", color=line.get_color(), label=label)
     axes.set(xlabel="tasks learned", ylabel="average accuracy on the tasks seen", ylim=(0, 1))
     axes.legend(fontsize=8)
     figure.tight_layout()
@@ -241,14 +258,15 @@ def main() -> None:
         "again if tuning chooses something else",
     )  # fmt: skip
     parser.add_argument(
-        "--last-only", action="store_true", help="ask after the last task alone: no forgetting"
-    )
+        "--ask", default="all", choices=ASKED,
+        help="end: after the last task (no forgetting); own: also each task when it was learned "
+        "(a third of the questions of CLINC150); all: after each task all so far (default)",
+    )  # fmt: skip
     parser.add_argument("--report", action="store_true", help="only print what was measured")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     scale = "quick" if args.quick else args.scale
     args.name += f"_{args.data}" + ("_full" if scale == "full" else "")
-    args.name += "_last" if args.last_only else ""
     plan: dict[str, Any] = {"data": args.data, **SCALES[scale]}
     path = out_path(args)
     results = Results(
@@ -259,10 +277,14 @@ def main() -> None:
         threads=args.threads,
         fresh=args.fresh,
     )
-    plan |= {"model_path": args.model, "last_only": args.last_only}
+    plan |= {"model_path": args.model, "ask": args.ask}
+
+    wanted = ASKED.index(args.ask)
 
     def run(cell: str, method: str, settings: dict[str, Any], seed: int, tuning: bool) -> None:
-        if results.done(cell) and results.get(cell)["settings"] == settings:
+        known = results.get(cell) if results.done(cell) else None
+        enough = known and (tuning or method in TOGETHER or ASKED.index(known["asked"]) >= wanted)
+        if enough and known["settings"] == settings:
             return
         more = {"tuned": len(GRIDS[method]) == 1 or best(results, method) is not None}
         row = run_cell(method, settings, seed, plan | more, tuning)
