@@ -188,3 +188,17 @@ def test_below_the_threshold_nothing_is_written(kernel):
             *zip(after.projections.weights, before.projections.weights, strict=True),
         ]
         assert all(torch.equal(a, b) for a, b in pairs) is not writes
+
+
+@pytest.mark.parametrize("kernel", [True, False])
+def test_a_closed_gate_can_open_again(kernel):
+    layer = SelfModifyingTitans(16, 2, memory_chunk=4, projection_chunk=4, write_threshold=0.1)
+    x, bias = torch.randn(2, 12, 16), layer.gates.eta_bias
+    written, _ = layer(x)
+    with torch.no_grad():
+        bias.fill_(-6.0)
+    with contextlib.nullcontext() if kernel else native.disabled():
+        y, _ = layer(x)
+    ((y - written.detach()) ** 2).sum().backward()  # writing would be better
+    assert (y - written).abs().max() > 1e-2
+    assert (bias.grad < 0).all()

@@ -386,6 +386,9 @@ class Gates(nn.Module):
     """From raw answers to roles: unit vectors, ``η = η_max max(0, sigmoid(·) - c) / (1 - c)`` with
     the threshold c, ``α = sigmoid(·)``.
 
+    The gradient of η is that without the max (a straight-through estimator, Bengio et al. 2013,
+    arXiv 1308.3432): with the exact one, a gate that has closed would never open again.
+
     Retention starts spread over heads, so that what is written fades to a half within
     ``half_lives`` tokens, shortest in the first head and longest in the last.
     """
@@ -434,7 +437,8 @@ class Gates(nn.Module):
         if name == "alpha":
             return gate
         if self.threshold:
-            gate = F.relu(gate - self.threshold) / (1 - self.threshold)
+            gate = (gate - self.threshold) / (1 - self.threshold)
+            gate = gate + F.relu(-gate).detach()  # exactly 0 below, and a gradient to open again
         return self.eta_max * gate
 
     def bias(self, name: str, dtype: torch.dtype) -> Tensor:

@@ -95,7 +95,8 @@ class SelfModifyingTitans(nn.Module):
             step exceeds 1/2), which tracking a state such as a parity takes.
         write_threshold: c in [0, 1): a token whose gate, the sigmoid in η, is not above c writes
             exactly nothing, so that any number of such tokens leaves the memories as they are but
-            for α; ``η = η_max max(0, gate - c) / (1 - c)``. **Our choice**, off by default.
+            for α; ``η = η_max max(0, gate - c) / (1 - c)``, whose outer gradient ignores the max:
+            training can open a gate again. **Our choice**, off by default.
         conv_size: window of the causal convolution behind the maps to heads.
         checkpoint_chunks: > 0: recompute activations in the backward pass, so many chunks at once.
 

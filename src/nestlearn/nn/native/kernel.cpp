@@ -173,7 +173,6 @@ class Unit {
 
     // The memories' answers to x, by role (Eq. 84, 86): unit vectors and gates.
     void generate(long unit, long i) {
-        const long head = unit % p.heads;
         for (int role = 0; role < ROLES; role++) {
             if (generator[role] < 0) continue;
             transpose(C, d, token(p.x[source_of(role)], unit, i, d), x);
@@ -187,14 +186,20 @@ class Unit {
                 continue;
             }
             T* gate = token(p.roles[role], unit, i, 1);
-            const T bias = *at(p.bias[role - ETA], head);
-            gemm(1, C, d, at(p.readout[role - ETA], head * d), 0, 1, y, C, gate, C, false);
-            for (long t = 0; t < C; t++) gate[t] += bias;
-            sigmoid(C, gate, gate);
+            open(role, unit, gate);
             if (role != ETA) continue;
             const T shut = p.threshold, most = T(p.eta_max) / (1 - shut);
             for (long t = 0; t < C; t++) gate[t] = most * std::max(T(0), gate[t] - shut);
         }
+    }
+
+    // Gates, in (0, 1), of a chunk from what the memory of a scalar role answered (y).
+    void open(int role, long unit, T* gate) {
+        const long head = unit % p.heads;
+        const T bias = *at(p.bias[role - ETA], head);
+        gemm(1, C, d, at(p.readout[role - ETA], head * d), 0, 1, y, C, gate, C, false);
+        for (long t = 0; t < C; t++) gate[t] += bias;
+        sigmoid(C, gate, gate);
     }
 
     void write_backward(long unit, long i, long n) {
@@ -270,13 +275,12 @@ class Unit {
                 memory.unit(y, g_y, factor);
                 memory.unit_backward(g_y, factor, g);
             } else {
-                const T* gate = token(p.roles[role], unit, i, 1);
-                const T shut = role == ETA ? T(p.threshold) : T(0);
-                const T most = (role == ETA ? T(p.eta_max) : T(1)) / (1 - shut);
+                // The gate itself: of a token that wrote nothing the role does not tell it.
+                const T most = role == ETA ? T(p.eta_max) / (1 - T(p.threshold)) : T(1);
                 T *raw = chunk.g_before, *g_readout = at(p.g_readout[role - ETA], unit * d);
+                open(role, unit, raw);
                 for (long t = 0; t < C; t++) {
-                    const T open = gate[t] / most + shut;
-                    raw[t] = gate[t] > 0 ? g[t] * most * open * (1 - open) : T(0);
+                    raw[t] = g[t] * most * raw[t] * (1 - raw[t]);
                     *at(p.g_bias[role - ETA], unit) += raw[t];
                 }
                 const T* readout = at(p.readout[role - ETA], head * d);
