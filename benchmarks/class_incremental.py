@@ -31,7 +31,7 @@ SCALES: dict[str, dict[str, Any]] = {
     "cpu": {"train": 5, "test": 4, "tasks": None, "tuning_tasks": 3, "context": 2048},
     "full": {"train": None, "test": None, "tasks": None, "tuning_tasks": 3, "context": None},
 }
-RATES = [{"lr": 5e-5}, {"lr": 1e-4}, {"lr": 2e-4}]
+RATES = [{"lr": 5e-5}, {"lr": 1e-4}, {"lr": 2e-4}, {"lr": 4e-4}, {"lr": 8e-4}]
 GRIDS: dict[str, list[dict[str, Any]]] = {
     "frozen": [{}],
     "icl": [{}],
@@ -44,8 +44,11 @@ GRIDS: dict[str, list[dict[str, Any]]] = {
     "naive": RATES,
     "joint": RATES,
     "replay_5": RATES,
-    "ewc": [{"lr": 1e-4, "ewc": 1e2}, {"lr": 1e-4, "ewc": 1e4}, {"lr": 2e-4, "ewc": 1e3}],
-    "lora": [{"lr": 5e-4}, {"lr": 1e-3}, {"lr": 2e-3}],
+    "ewc": [
+        *({"lr": 1e-4, "ewc": weight} for weight in (1e2, 1e4)),
+        *({"lr": rate, "ewc": 1e3} for rate in (2e-4, 4e-4, 8e-4)),
+    ],
+    "lora": [{"lr": rate} for rate in (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)],
     "nestlearn_gradient": [{"lr": 5e-4}, {"lr": 1e-3}, {"lr": 2e-3}],
     "replay_1": RATES,
     "joint_4_passes": RATES,
