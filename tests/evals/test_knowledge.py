@@ -58,6 +58,27 @@ def test_greedy_in_batches_is_greedy_alone(tokenizer: Any) -> None:
     assert together == [greedy(model, tokenizer, [p], 5)[0] for p in prompts]
 
 
+def test_a_line_is_where_writing_stops(tokenizer: Any) -> None:
+    model = tiny_model()
+    calls = []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    prompts = ["a", "something long to begin with", "middle", "b", "cd", "?"]
+    whole = greedy(model, tokenizer, prompts, 12)
+    counts = {c: sum(c in text[1:] for text in whole) for c in set("".join(whole)) if ord(c) < 128}
+    some = next(c for c, n in counts.items() if 0 < n < len(prompts) and c not in "".join(prompts))
+    for weight in {model.get_output_embeddings().weight, model.get_input_embeddings().weight}:
+        with torch.no_grad():  # what was written there is the end of a line now
+            weight[[10, ord(some)]] = weight[[ord(some), 10]]
+    whole = greedy(model, tokenizer, prompts, 12)
+    assert {"\n" in text for text in whole} == {True, False}
+    lines = greedy(model, tokenizer, prompts, 12, line=True)
+    assert lines == [text.split("\n")[0] for text in whole]
+    ended = [p for p, text in zip(prompts, whole, strict=True) if "\n" in text]
+    calls.clear()
+    greedy(model, tokenizer, ended[:1], 12, line=True)
+    assert len(calls) == 1 + whole[prompts.index(ended[0])].index("\n")
+
+
 def test_perplexity(tokenizer: Any) -> None:
     model = tiny_model()
     ids = torch.randint(256, (70,))

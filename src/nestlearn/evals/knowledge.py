@@ -132,8 +132,7 @@ def question_scores(
     Questions are asked as ``Question: ... Answer:``, for every method alike.
     """
     prompts = [f"Question: {question}\nAnswer:" for question, _ in items]
-    answers = greedy(model, tokenizer, prompts, max_new_tokens, batch)
-    answers = [a.split("\n")[0] for a in answers]
+    answers = greedy(model, tokenizer, prompts, max_new_tokens, batch, line=True)
     pairs = list(zip(answers, (answer for _, answer in items), strict=True))
     likely = cloze_scores(
         model, tokenizer, [(p, " " + a) for p, (_, a) in zip(prompts, items, strict=True)]
@@ -147,9 +146,18 @@ def question_scores(
 
 @torch.no_grad()
 def greedy(
-    model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int, batch: int = 32
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    max_new_tokens: int,
+    batch: int = 32,
+    *,
+    line: bool = False,
 ) -> list[str]:
-    """Greedy continuations, one a prompt."""
+    """Greedy continuations, one a prompt; with ``line`` only their first line, and a batch ends
+    when all have one."""
+    from transformers import StoppingCriteriaList
+
     rows = [_ids(tokenizer, p, True) for p in prompts]
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     result = [""] * len(rows)
@@ -168,10 +176,23 @@ def greedy(
             max_new_tokens=max_new_tokens,
             do_sample=False,
             pad_token_id=pad,
+            stopping_criteria=StoppingCriteriaList([_Line(tokenizer, length)] if line else []),
         )
         for r, i in enumerate(chosen):
-            result[i] = tokenizer.decode(out[r, length:], skip_special_tokens=True)
+            written = tokenizer.decode(out[r, length:], skip_special_tokens=True)
+            result[i] = written.split("\n")[0] if line else written
     return result
+
+
+class _Line:
+    """Stops the rows whose text after ``start`` tokens has the end of a line."""
+
+    def __init__(self, tokenizer: Any, start: int) -> None:
+        self.tokenizer, self.start = tokenizer, start
+
+    def __call__(self, ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        written = self.tokenizer.batch_decode(ids[:, self.start :])
+        return torch.tensor(["\n" in text for text in written], device=ids.device)
 
 
 @torch.no_grad()

@@ -294,8 +294,8 @@ def translate(
             if way == "similar":
                 shown = similar(sentence, read, plan.shots)
             prompts.append(prompt(corpus.name, sentence, shown))
-        answers = greedy(model, tokenizer, prompts, plan.new_tokens, batch=8)
-        answers = [answer.split("\n")[0].strip() for answer in answers]
+        written = greedy(model, tokenizer, prompts, plan.new_tokens, batch=8, line=True)
+        answers = [answer.strip() for answer in written]
         samples = [[*pair, a] for pair, a in zip(corpus.test, answers, strict=True)]
         found[way] = (chrf(answers, [english for _, english in corpus.test]), samples[:3])
     return found
