@@ -164,9 +164,11 @@ def test_ways_of_asking(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the prompts hold; a model that always says the right thing gets 100."""
     asked: list[list[str]] = []
 
-    def answers(model: Any, tokenizer: Any, prompts: list[str], *_: Any, **__: Any) -> list[str]:
+    def answers(
+        model: Any, tokenizer: Any, prompts: list[str], *_: Any, line: bool = False, **__: Any
+    ) -> list[str]:
         asked.append(prompts)
-        return [" He goes.\n\nBereb: more", " I eat."]
+        return [" He goes." + ("" if line else "\n\nBereb: more"), " I eat."]
 
     monkeypatch.setattr(knowledge, "greedy", answers)
     monkeypatch.setattr(translation, "chrf", lambda a, b: 100.0 * (list(a) == list(b)))

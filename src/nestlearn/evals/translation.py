@@ -204,7 +204,8 @@ class Translation(Experiment):
         from matplotlib import pyplot as plt
 
         figure, axes = plt.subplots(len(LANGUAGES), len(WAYS), figsize=(14, 7), sharey="row")
-        names = ("alone", "then the other", "after the other")
+        names = ("right after learning it", "after learning the other too", "learned second")
+        labels = [_levels(system) for system in systems]
         for line, language in zip(axes, LANGUAGES, strict=True):
             for axis, way in zip(line, WAYS, strict=True):
                 for i, label in enumerate(names):
@@ -214,17 +215,24 @@ class Translation(Experiment):
                         heights.append((alone, first, second)[i] or 0.0)
                     axis.bar([k + 0.27 * (i - 1) for k in range(len(systems))], heights, 0.25,
                              label=label)  # fmt: skip
-                axis.set_xticks(range(len(systems)), systems)
+                axis.set_xticks(range(len(systems)), labels)
                 axis.set_title(f"{language}, {way}")
             line[0].set_ylabel("ChrF")
-        axes[0][-1].legend(fontsize=8)
-        figure.tight_layout()
+        handles, found = axes[0][0].get_legend_handles_labels()
+        figure.tight_layout(rect=(0, 0.05, 1, 1))
+        figure.legend(handles, found, loc="lower center", ncols=len(names))
         figure.savefig(path, dpi=110)
         plt.close(figure)
         return True
 
 
 # -- reading results ------------------------------------------------------------------------------
+
+
+def _levels(system: str) -> str:
+    count, method, _ = SYSTEMS[system]
+    kind = " added" if method == "added" else ""
+    return f"{count}{kind} level{'' if count == 1 else 's'}"
 
 
 def _rows(results: Results, system: str) -> list[dict[str, Any]]:
