@@ -286,7 +286,9 @@ def main() -> None:
 
     def run(cell: str, method: str, settings: dict[str, Any], seed: int, tuning: bool) -> None:
         known = results.get(cell) if results.done(cell) else None
-        enough = known and (tuning or method in TOGETHER or ASKED.index(known["asked"]) >= wanted)
+        enough = known and (
+            tuning or method in TOGETHER or ASKED.index(known.get("asked", "all")) >= wanted
+        )
         if enough and known["settings"] == settings:
             return
         more = {"tuned": len(GRIDS[method]) == 1 or best(results, method) is not None}
