@@ -58,11 +58,13 @@ TOGETHER = ("joint", "joint_4_passes")
 ASKED = ("end", "own", "all")
 """What is asked: everything after the last task; also every task when it was learned; after every
 task about all tasks so far."""
-KNOWN_FROM = {
-    "end": ("average_accuracy",),
-    "own": ("average_accuracy", "forgetting_since_learned", "backward_transfer"),
-}
-"""The metrics that need less than a whole matrix."""
+KNOWN_FROM = {"end": (), "own": ("forgetting_since_learned", "backward_transfer")}
+"""The metrics that need less than a whole matrix, beside the average accuracy."""
+
+
+def asking(method: str, tuning: bool, ask: str) -> str:
+    """What a cell is asked: tuning, and methods that see all tasks at once, only at the end."""
+    return "end" if tuning or method in TOGETHER else ask
 
 
 def make(method: str, settings: dict[str, Any], model: Any, tokenizer: Any, plan: Any) -> Any:
@@ -118,7 +120,7 @@ def run_cell(
     taught = make(method, settings, model, tokenizer, plan | {"seed": seed})
     setup, learning = time.perf_counter() - began, 0.0
     last = len(stream.tasks) - 1
-    ask = "end" if tuning or method in TOGETHER else plan["ask"]
+    ask = asking(method, tuning, plan["ask"])
     matrix: list[list[Any]] = []  # None: not asked
     for i in range(last + 1):
         examples = stream.examples(i)
@@ -152,9 +154,8 @@ def run_cell(
         "setup_seconds": setup, "learning_seconds": learning,
         "seconds": time.perf_counter() - began, "dtype": str(model.dtype),
     }  # fmt: skip
-    for name in KNOWN_FROM.get(ask, METRICS):
-        if name != "average_accuracy" and last > 0:
-            row[name] = METRICS[name](matrix)
+    if last > 0:
+        row |= {name: METRICS[name](matrix) for name in KNOWN_FROM.get(ask, METRICS)}
     if method == "icl":
         row["examples_shown"] = taught.shown
     return row
@@ -282,15 +283,12 @@ def main() -> None:
     )
     plan |= {"model_path": args.model, "ask": args.ask}
 
-    wanted = ASKED.index(args.ask)
-
     def run(cell: str, method: str, settings: dict[str, Any], seed: int, tuning: bool) -> None:
         known = results.get(cell) if results.done(cell) else None
-        enough = known and (
-            tuning or method in TOGETHER or ASKED.index(known.get("asked", "all")) >= wanted
-        )
-        if enough and known["settings"] == settings:
-            return
+        if known and known["settings"] == settings:
+            wanted = ASKED.index(asking(method, tuning, args.ask))
+            if ASKED.index(known.get("asked", "all")) >= wanted:
+                return
         more = {"tuned": len(GRIDS[method]) == 1 or best(results, method) is not None}
         row = run_cell(method, settings, seed, plan | more, tuning)
         results.add(cell, row)
