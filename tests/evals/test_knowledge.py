@@ -61,22 +61,28 @@ def test_greedy_in_batches_is_greedy_alone(tokenizer: Any) -> None:
 def test_a_line_is_where_writing_stops(tokenizer: Any) -> None:
     model = tiny_model()
     calls = []
-    model.register_forward_hook(lambda *_: calls.append(1))
-    prompts = ["a", "something long to begin with", "middle", "b", "cd", "?"]
-    whole = greedy(model, tokenizer, prompts, 12)
-    counts = {c: sum(c in text[1:] for text in whole) for c in set("".join(whole)) if ord(c) < 128}
-    some = next(c for c, n in counts.items() if 0 < n < len(prompts) and c not in "".join(prompts))
-    for weight in {model.get_output_embeddings().weight, model.get_input_embeddings().weight}:
-        with torch.no_grad():  # what was written there is the end of a line now
-            weight[[10, ord(some)]] = weight[[ord(some), 10]]
-    whole = greedy(model, tokenizer, prompts, 12)
-    assert {"\n" in text for text in whole} == {True, False}
-    lines = greedy(model, tokenizer, prompts, 12, line=True)
-    assert lines == [text.split("\n")[0] for text in whole]
-    ended = [p for p, text in zip(prompts, whole, strict=True) if "\n" in text]
+
+    def counts_down(module: Any, args: Any, inputs: Any, out: Any) -> Any:
+        calls.append(1)
+        below = inputs["input_ids"][:, -1:] - 1
+        return type(out)(
+            logits=torch.nn.functional.one_hot(below, out.logits.shape[-1]).float(),
+            past_key_values=out.past_key_values,
+        )
+
+    model.register_forward_hook(counts_down, with_kwargs=True)
+    # The end of a line is byte 10: five, no and two tokens away.
+    prompts = ["\x0f", "something long to end with z", "x\x0c"]
+    whole = greedy(model, tokenizer, prompts, 8)
+    assert whole == ["\x0e\x0d\x0c\x0b\n\x09\x08\x07", "yxwvutsr", "\x0b\n\x09\x08\x07\x06\x05\x04"]
+    assert greedy(model, tokenizer, prompts, 8, line=True) == [w.split("\n")[0] for w in whole]
+    for prompt, tokens in zip(prompts, (5, 8, 2), strict=True):
+        calls.clear()
+        greedy(model, tokenizer, [prompt], 8, line=True)
+        assert len(calls) == tokens
     calls.clear()
-    greedy(model, tokenizer, ended[:1], 12, line=True)
-    assert len(calls) == 1 + whole[prompts.index(ended[0])].index("\n")
+    greedy(model, tokenizer, [prompts[0], prompts[2]], 8, line=True)
+    assert len(calls) == 5  # a batch ends with its last line
 
 
 def test_perplexity(tokenizer: Any) -> None:
