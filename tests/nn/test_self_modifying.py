@@ -202,3 +202,17 @@ def test_a_closed_gate_can_open_again(kernel):
     ((y - written.detach()) ** 2).sum().backward()  # writing would be better
     assert (y - written).abs().max() > 1e-2
     assert (bias.grad < 0).all()
+
+
+@pytest.mark.parametrize("kernel", [True, False])
+def test_closed_gates_do_not_make_gradients_explode(kernel):
+    # Estimated inside the recurrence, too, this gradient was 4e6 here, and infinite in training.
+    layer = SelfModifyingTitans(16, 1, memory_chunk=16, projection_chunk=16, write_threshold=0.1,
+                                weight_decay=False)  # fmt: skip
+    with torch.no_grad():
+        layer.gates.eta_bias.fill_(-3.0)
+    x = torch.randn(1, 1024, 16, requires_grad=True)
+    with contextlib.nullcontext() if kernel else native.disabled():
+        y, _ = layer(x)
+        (grad,) = torch.autograd.grad(y[:, -16:].square().sum(), x)
+    assert 0 < grad[:, :512].abs().max() < 100

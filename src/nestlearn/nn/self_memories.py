@@ -259,7 +259,7 @@ class ProjectionCell:
         x, fixed = self._named(inputs)
         raw = self.memories.answer(self.memories.at_start(memory), x)
         k, v, q, eta, alpha = self.gates(raw | fixed)
-        return (k, v, q, eta, alpha), (k, v, eta, alpha)
+        return (k, v, q, eta, alpha), (k, v, self.gates.inside(eta), alpha)
 
     def runner(self, memory: Tensors) -> Run | None:
         """`run`, where the CPU kernel can."""
@@ -286,12 +286,13 @@ class ProjectionCell:
             threshold=gates.threshold,
         )
         scalars = [r for r in memories.roles if r not in VECTORS]
+        given = {n: gates.inside(t) if n == "eta" else t for n, t in roles.items() if n != "q"}
         made, _, memory = native.run_chunks(
             plan,
             memory,
             memories.bounds(dtype),
             memories.initial_weights(dtype),
-            {n: t for n, t in roles.items() if n != "q"},
+            given,
             x,
             {r: memories.readout[r].to(dtype) for r in scalars},
             {r: gates.bias(r, dtype) for r in scalars},
@@ -386,8 +387,10 @@ class Gates(nn.Module):
     """From raw answers to roles: unit vectors, ``η = η_max max(0, sigmoid(·) - c) / (1 - c)`` with
     the threshold c, ``α = sigmoid(·)``.
 
-    The gradient of η is that without the max (a straight-through estimator, Bengio et al. 2013,
-    arXiv 1308.3432): with the exact one, a gate that has closed would never open again.
+    The gradient of the η that M_mem is written with is that without the max (a straight-through
+    estimator, Bengio et al. 2013, arXiv 1308.3432): with the exact one, a gate that has closed
+    would never open again. The projection memories' own writes have the exact one (`inside`):
+    through M_η an estimate would be multiplied by itself chunk after chunk, and overflow.
 
     Retention starts spread over heads, so that what is written fades to a half within
     ``half_lives`` tokens, shortest in the first head and longest in the last.
@@ -440,6 +443,10 @@ class Gates(nn.Module):
             gate = (gate - self.threshold) / (1 - self.threshold)
             gate = gate + F.relu(-gate).detach()  # exactly 0 below, and a gradient to open again
         return self.eta_max * gate
+
+    def inside(self, eta: Tensor) -> Tensor:
+        """η with its exact gradient: none where it is 0."""
+        return eta * (eta.detach() > 0) if self.threshold else eta
 
     def bias(self, name: str, dtype: torch.dtype) -> Tensor:
         """What is added to the raw answer of η or α, ``(H,)``."""
