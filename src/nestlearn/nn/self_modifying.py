@@ -22,6 +22,7 @@ from nestlearn.nn.self_memories import (
     ProjectionMemories,
 )
 from nestlearn.nn.self_write import WriteRule
+from nestlearn.nn.write_cost import record
 from nestlearn.rules.decay import wide
 
 STREAMS = (*VECTORS, "gate")
@@ -95,8 +96,8 @@ class SelfModifyingTitans(nn.Module):
             step exceeds 1/2), which tracking a state such as a parity takes.
         write_threshold: c in [0, 1): a token whose gate, the sigmoid in η, is not above c writes
             exactly nothing, so that any number of such tokens leaves the memories as they are but
-            for α; ``η = η_max max(0, gate - c) / (1 - c)``, whose outer gradient ignores the max:
-            training can open a gate again. **Our choice**, off by default.
+            for α; ``η = η_max max(0, gate - c) / (1 - c)``. The outer gradient of M_mem's writes
+            ignores the max: training can open a gate again. **Our choice**, off by default.
         conv_size: window of the causal convolution behind the maps to heads.
         checkpoint_chunks: > 0: recompute activations in the backward pass, so many chunks at once.
 
@@ -285,6 +286,7 @@ class SelfModifyingTitans(nn.Module):
             cell = ProjectionCell(self.projections, self.gates, tuple(fixed))
             tokens = (*x, *fixed.values())
             roles, projections = scan(cell, projections, tokens, self.checkpoint_chunks)
+        record(roles[3], roles[4])
         (out,), memory = scan(self.memory, state.memory, roles, self.checkpoint_chunks)
         return out, projections, memory
 

@@ -247,8 +247,12 @@ def training(
 
 
 def _loss(batch: Batch, weight: float, model: Any) -> torch.Tensor:
-    logits = model(batch.inputs, use_cache=False).logits
-    return batch.loss(logits) * weight if weight else logits.sum() * 0.0
+    out = model(batch.inputs, use_cache=False)
+    if not weight:
+        return out.logits.sum() * 0.0
+    loss = batch.loss(out.logits)
+    more = getattr(out, "write_loss", None)
+    return (loss if more is None else loss + more / batch.asked.sum()) * weight
 
 
 def to(batch: Batch, device: str) -> Batch:

@@ -89,6 +89,7 @@ _SELF_MODIFYING = (
     "memory_adaptive",
     "eta_max",
     "write_threshold",
+    "write_cost",
 )
 
 
@@ -117,6 +118,8 @@ class HopeConfig(PreTrainedConfig):
         memory_adaptive: which projections are memories, of ``"k", "v", "q", "eta", "alpha"``.
         eta_max: largest inner learning rate; conv_size: window of the causal convolution.
         write_threshold: tokens whose write gate is not above it write exactly nothing, in [0, 1).
+        write_cost: what a lasting write adds to the training loss, in nats (see
+            `nestlearn.nn.write_cost`); like the loss it is divided by the number of labels.
         sliding_window: attention sees this many latest tokens; None: all, but half of
             ``max_position_embeddings`` in ``"samba"``, ``"titans_mag"`` and ``"titans_mal"``.
         cms_periods: update period of each CMS level in optimizer steps, fastest first; ``[1]`` is a
@@ -158,6 +161,7 @@ class HopeConfig(PreTrainedConfig):
     memory_adaptive: list[str] | tuple[str, ...] = ("k", "v", "eta", "alpha")
     eta_max: float = 8.0
     write_threshold: float = 0.0
+    write_cost: float = 0.0
     conv_size: int = 4
     sliding_window: int | None = None
     cms_periods: list[int] | tuple[int, ...] = (1,)
@@ -270,6 +274,9 @@ class HopeConfig(PreTrainedConfig):
         share = self.write_threshold
         number = isinstance(share, int | float) and not isinstance(share, bool)
         _require(number and 0 <= share < 1, "write_threshold", share, "a number in [0, 1)")
+        cost = self.write_cost
+        number = isinstance(cost, int | float) and not isinstance(cost, bool)
+        _require(number and 0 <= cost < float("inf"), "write_cost", cost, "a number >= 0")
         for field in _YES_NO:
             value = getattr(self, field)
             _require(isinstance(value, bool), field, value, "True or False")

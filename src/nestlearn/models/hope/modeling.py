@@ -9,6 +9,8 @@ mixer one of the baselines, all in the same shell. Layers may differ in their mi
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -27,6 +29,7 @@ from nestlearn.models.hope.inputs import input_mask, resume
 from nestlearn.nn.continuum import ContinuumMemory
 from nestlearn.nn.mixers import build_mixer
 from nestlearn.nn.norm import RMSNorm
+from nestlearn.nn.write_cost import count_writes, record_writes
 
 CHECKPOINT_CHUNKS = 8  # chunks of a recurrent mixer that are recomputed together
 LOGITS_PER_CHUNK = 2**24  # entries of the logits that the loss keeps at a time (64 MB in fp32)
@@ -254,6 +257,19 @@ class HopeModel(HopePreTrainedModel):
         return output if _as_dict(return_dict, self.config) else output.to_tuple()
 
 
+@dataclasses.dataclass
+class HopeOutput(CausalLMOutputWithPast):
+    """What `HopeForCausalLM` returns.
+
+    Attributes:
+        write_loss: in training with ``HopeConfig.write_cost``: what the writes of all rows cost,
+            a sum. ``loss`` has it, divided as the sum of the labels' losses is; who computes a loss
+            from the logits adds it so.
+    """
+
+    write_loss: Tensor | None = None
+
+
 class HopeForCausalLM(HopePreTrainedModel, GenerationMixin):
     """Hope with a language-model head; trains, generates and streams.
 
@@ -287,7 +303,7 @@ class HopeForCausalLM(HopePreTrainedModel, GenerationMixin):
         return_dict: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: int | Tensor | None = None,
-    ) -> CausalLMOutputWithPast | tuple:
+    ) -> HopeOutput | tuple:
         """Next-token logits and, with ``labels``, the loss.
 
         Args:
@@ -300,29 +316,33 @@ class HopeForCausalLM(HopePreTrainedModel, GenerationMixin):
 
         See ``HopeModel.forward`` for the other arguments.
         """
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            output_hidden_states=output_hidden_states,
-            output_attentions=output_attentions,
-            return_dict=True,
-        )
+        costs = self.training and self.config.write_cost > 0
+        with record_writes() if costs else contextlib.nullcontext(()) as written:
+            outputs = self.model(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                inputs_embeds=inputs_embeds,
+                use_cache=use_cache,
+                output_hidden_states=output_hidden_states,
+                output_attentions=output_attentions,
+                return_dict=True,
+            )
         hidden = outputs.last_hidden_state
+        write_loss = self.config.write_cost * count_writes(written) if written else None
         loss = logits = None
         if labels is not None:
-            loss = self._loss(hidden, labels, num_items_in_batch)
+            loss = self._loss(hidden, labels, num_items_in_batch, write_loss)
         if labels is None or not self.training:
             last = isinstance(logits_to_keep, int)
             kept = slice(-logits_to_keep, None) if last else logits_to_keep
             logits = self.lm_head(hidden[:, kept])
-        output = CausalLMOutputWithPast(
+        output = HopeOutput(
             loss=loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
+            write_loss=write_loss,
         )
         return output if _as_dict(return_dict, self.config) else output.to_tuple()
 
@@ -341,7 +361,9 @@ class HopeForCausalLM(HopePreTrainedModel, GenerationMixin):
     def _supports_default_dynamic_cache(cls) -> bool:
         return False  # the model makes its own cache in the first call
 
-    def _loss(self, hidden: Tensor, labels: Tensor, items: int | Tensor | None) -> Tensor:
+    def _loss(
+        self, hidden: Tensor, labels: Tensor, items: int | Tensor | None, more: Tensor | None
+    ) -> Tensor:
         hidden = hidden[:, :-1].flatten(0, 1)
         targets = labels[:, 1:].flatten().to(hidden.device)
         step = max(1, LOGITS_PER_CHUNK // self.config.vocab_size)
@@ -357,6 +379,8 @@ class HopeForCausalLM(HopePreTrainedModel, GenerationMixin):
                 total = total + self._piece_loss(piece, target)
         if items is None:
             items = (targets != -100).sum().clamp(min=1)
+        if more is not None:
+            total = total + more.to(total)
         return total / (items.to(total.device) if isinstance(items, Tensor) else items)
 
     def _piece_loss(self, hidden: Tensor, targets: Tensor) -> Tensor:

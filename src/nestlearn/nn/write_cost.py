@@ -1,0 +1,66 @@
+"""A cost on writing, so that a memory learns to write little (our choice; off by default).
+
+What a memory is given while it is trained on short texts it can afford: every token writes, and
+what is rewritten a few thousand tokens later was asked for before. On texts a hundred times as long
+those writes wear away what must stay. The loss then gets, over all layers, heads and tokens,
+
+    c Σ_t η_t / (η_t + η₀) · λ_t / (λ_t + T),        λ_t = 1 / (1 - α_t)
+
+with T the tokens of the text: the number of writes, in which one that is much smaller than η₀
+counts in proportion to its size and one that is much larger counts as one. So small writes go, and
+those that replace what was there before stay as large as they need to be (a cost in proportion to
+η makes them small, too). A write counts by the share of a text for which it stays, as the head's
+α at that token has it: a memory for the last few tokens is nearly free.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from contextvars import ContextVar
+
+from torch import Tensor
+
+HALF = 0.1
+"""η₀: a write of this size counts one half."""
+
+_records: ContextVar[tuple[list[tuple[Tensor, Tensor]], ...]] = ContextVar("written", default=())
+
+
+@contextlib.contextmanager
+def record_writes() -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Collect η and α ``(B, H, T)`` of every self-modifying layer that is called inside.
+
+    Example:
+        >>> import torch
+        >>> from nestlearn.nn import SelfModifyingTitans
+        >>> layer = SelfModifyingTitans(16, heads=2)
+        >>> with record_writes() as written:
+        ...     y, state = layer(torch.randn(1, 5, 16))
+        >>> [eta.shape for eta, alpha in written]
+        [torch.Size([1, 2, 5])]
+    """
+    found: list[tuple[Tensor, Tensor]] = []
+    token = _records.set((*_records.get(), found))
+    try:
+        yield found
+    finally:
+        _records.reset(token)
+
+
+def record(eta: Tensor, alpha: Tensor) -> None:
+    """Called by layers: hand η and α ``(B, H, T)`` to whoever collects them."""
+    for found in _records.get():
+        found.append((eta, alpha))
+
+
+def count_writes(written: Iterable[tuple[Tensor, Tensor]]) -> Tensor | float:
+    """The sum above without c, over all rows: how many lasting writes there were.
+
+    The gradient goes to η alone: forgetting is not to be learned for the sake of this cost.
+    """
+    total: Tensor | float = 0.0
+    for eta, alpha in written:
+        forgotten = 1 - alpha.detach()
+        total = total + (eta / (eta + HALF) / (1 + eta.shape[-1] * forgotten)).sum()
+    return total
