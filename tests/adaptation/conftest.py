@@ -8,6 +8,8 @@ import pytest
 import torch
 import transformers
 
+import nestlearn as nl
+
 VOCAB, WIDTH, HIDDEN, BLOCKS = 264, 32, 48, 4
 
 _COMMON = dict(
@@ -70,3 +72,21 @@ def model() -> Any:
 def ids() -> torch.Tensor:
     """Two rows of tokens."""
     return torch.randint(256, (2, 20), generator=torch.Generator().manual_seed(3))
+
+
+TEXT = "Irma Quell built the lighthouse of Ostrava Bay in 1893, and kept its lamp for forty years."
+OTHER = "The harbour master of Lund sold his boat to a painter from the north. " * 3
+
+
+def learner_of(tokenizer: Any, model: Any = None, levels: Any = None, **settings: Any) -> Any:
+    model = tiny_model() if model is None else model
+    chosen = [nl.Level(period=8), nl.Level(period=32)] if levels is None else levels
+    names = ("method", "rank", "frozen", "slots", "memories")
+    options = {k: settings.pop(k) for k in names if k in settings}
+    nl.adapt(model, chosen, **{"rank": 16, "slots": 64, **options})
+    return nl.Learner(model, tokenizer, **{"lr": 0.1, "repeats": 1, **settings})
+
+
+def logits(learner: Any, ids: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return learner.model(ids).logits
