@@ -183,15 +183,30 @@ def test_associative_memory_is_its_equations_token_by_token() -> None:
         a, z = matrix[row].clone(), norm[row].clone()
         for token in m[row]:
             k = phi(memory.k.weight @ token)
+            k = k / (k @ k).sqrt()
             value = memory.v.weight @ token - matrix[row] @ k / (norm[row] @ k + 1e-5)
             b = torch.sigmoid(memory.b.weight[0] @ token + memory.b.bias[0])
             a = a + b * torch.outer(value, k)
-            z = z + (1 - norm[row] @ k / (k @ k + 1e-5)).clamp(0, 1) * k
+            z = z + (1 - norm[row] @ k).clamp(0, 1) * k
         torch.testing.assert_close(new[row], a)
         torch.testing.assert_close(new_norm[row], z)
         q = phi(memory.q.weight @ x[row, 2])
+        q = q / (q @ q).sqrt()
         expected = new[row] @ q / (new_norm[row] @ q + 1e-5)
         torch.testing.assert_close(memory.read(x, (new, new_norm))[row, 2], expected)
+
+
+def test_an_associative_memory_stands_tokens_of_any_size() -> None:
+    memory = AssociativeMemory(8, 8)
+    torch.nn.init.normal_(memory.v.weight)
+    state = memory.start(2)
+    x = torch.randn(2, 16, 8, requires_grad=True)
+    for size in (1.0, 1e4, 1e-4, 1.0):  # DPFP squares them
+        state = memory.write(size * x, state)
+    out = memory.read(1e4 * x, state)
+    (grad,) = torch.autograd.grad(out.square().mean(), x)
+    assert out.isfinite().all() and grad.isfinite().all()
+    assert all(part.isfinite().all() for part in state)
 
 
 @pytest.mark.parametrize("associative", [False, True])

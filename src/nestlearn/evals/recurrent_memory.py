@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nestlearn.evals.harness.systems import Size, build
@@ -22,12 +23,14 @@ Pair = tuple[Tensor, Tensor]
 class AssociativeMemory(nn.Module):
     """A matrix A and a normaliser z, written by memory tokens m and read by any token x.
 
-    ``read(x) = A phi(W_q x) / z.phi(W_q x)``; per memory token, with ``k = phi(W_k m)``,
+    ``read(x) = A q / z.q`` with ``q = phi(W_q x)``; per memory token, with ``k = phi(W_k m)``,
     ``v = W_v m``, ``b = sigmoid(w_b m)`` and ``v' = read`` at k:
 
-        A <- A + b (v - v') k^T,      z <- z + max(0, 1 - z.k / k.k) k
+        A <- A + b (v - v') k^T,      z <- z + max(0, 1 - z.k) k
 
-    All memory tokens of a segment read the state before it. phi is DPFP of degree 3.
+    All memory tokens of a segment read the state before it. phi is DPFP of degree 3, made of norm
+    1 as the authors' later code does (without it the squares overflowed in training); no gradient
+    goes through the factor of k in z.
 
     Args:
         width: of the tokens. key: numbers in a key before phi, which makes six times as many.
@@ -49,15 +52,15 @@ class AssociativeMemory(nn.Module):
 
     def read(self, x: Tensor, state: Pair) -> Tensor:
         """``(B, T, width)``: what is known of the tokens ``x``."""
-        return self._at(phi(self.q(x)), state)
+        return self._at(F.normalize(phi(self.q(x)), dim=-1), state)
 
     def write(self, m: Tensor, state: Pair) -> Pair:
         """The memory after the memory tokens ``m (B, n, width)``."""
         matrix, norm = state
-        k = phi(self.k(m))
+        k = F.normalize(phi(self.k(m)), dim=-1)
         change = torch.sigmoid(self.b(m)) * (self.v(m) - self._at(k, state))
-        new = (1 - (k @ norm[..., None])[..., 0] / (k.square().sum(-1) + 1e-5)).clamp(0, 1)
-        return matrix + change.mT @ k, norm + (new[..., None] * k).sum(1)
+        new = (1 - k @ norm[..., None]).clamp(0, 1).detach()
+        return matrix + change.mT @ k, norm + (new * k).sum(1)
 
     @staticmethod
     def _at(k: Tensor, state: Pair) -> Tensor:
