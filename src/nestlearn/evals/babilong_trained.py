@@ -19,8 +19,14 @@ from nestlearn.evals.harness.experiment import Scale, Table
 from nestlearn.evals.harness.results import Results
 from nestlearn.evals.harness.systems import SYSTEMS, Size, System
 from nestlearn.evals.harness.task import VALIDATION, Task
-from nestlearn.evals.harness.trained import Plan, Trained
+from nestlearn.evals.harness.trained import Losses, Plan, Trained
 from nestlearn.evals.recurrent_memory import RecurrentMemoryTransformer
+
+SPARSE = "hope_sparse"
+"""Hope that writes little: no forgetting in its last head, a threshold, and a cost on writes. From
+the start the cost keeps it from learning to write at all (docs/results.md), so it begins after
+`FREE` of the training, and rises to `WRITE_COST` nats a write at its end."""
+FREE, WRITE_COST = 0.35, 0.002
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,23 +63,31 @@ class BabiLong(Trained):
             name: dataclasses.replace(SYSTEMS[name], label=f"{SYSTEMS[name].label} (window)")
             for name in ("transformer", "hope_attention")
         },
+        SPARSE: System(
+            "Hope (few writes)",
+            {
+                **SYSTEMS["hope"].fields,
+                "write_threshold": 0.004,
+                "memory_half_lives": (10_000, 1e25),
+            },
+        ),
         "rmt": System("RMT", {}),
         "armt": System("ARMT", {}),
     }
     plans: Mapping[Scale, BabiPlan] = {
         "tiny": BabiPlan(
             Size(64, 2, 2), steps=1_600, batch=1, lrs=(3e-3,), weight_decays=(0.0,), seeds=1,
-            systems=("transformer", "armt", "titans", "hope"), examples=100,
+            systems=("transformer", "armt", "titans", "hope", SPARSE), examples=100,
         ),
         "small": BabiPlan(
             Size(256, 4, 4), steps=5_000, batch=16, lrs=(1e-3, 3e-3), weight_decays=(0.1,), seeds=1,
-            systems=("transformer", "rmt", "armt", "gated_deltanet", "titans", "hope"),
+            systems=("transformer", "rmt", "armt", "gated_deltanet", "titans", "hope", SPARSE),
             examples=200, tasks=("qa1", "qa2"), trained=(0, 512, 1024, 2048, 4096), segment=512,
             vocab_size=4096, budget=16 * 2**20, characters=16_000_000,
         ),
         "paper": BabiPlan(
             Size(768, 12, 12), steps=30_000, batch=64, lrs=(3e-4, 1e-3), weight_decays=(0.1,),
-            systems=("transformer", "rmt", "armt", "titans", "hope"), examples=1_000,
+            systems=("transformer", "rmt", "armt", "titans", "hope", SPARSE), examples=1_000,
             tasks=("qa1", "qa2", "qa4", "qa5"), trained=(0, 512, 1024, 2048, 4096, 8192, 16_384),
             tested=(0, 4096, 16_384, 65_536, 131_072, 524_288, 1_048_576, 10_485_760),
             segment=512, vocab_size=32_000, budget=10**9, characters=64_000_000,
@@ -98,6 +112,14 @@ class BabiLong(Trained):
         return RecurrentMemoryTransformer(
             size, task.vocab_size, segment, associative=system == "armt"
         )
+
+    def guided(self, model: Any, cell: dict[str, Any], plan: Plan, data: Losses) -> Losses:
+        """The cost on writes rises."""
+        for step, loss in enumerate(data):
+            if cell["system"] == SPARSE:
+                share = (step / plan.steps - FREE) / (1 - FREE)
+                model.config.write_cost = WRITE_COST * max(0.0, share)
+            yield loss
 
     def scores(self, model: Any, task: Task, plan: Plan, split: str, seed: int) -> dict[str, Any]:
         """Share of right answers; of attention also with a search before it."""

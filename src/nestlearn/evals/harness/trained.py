@@ -7,7 +7,7 @@ import functools
 import statistics
 import time
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -22,6 +22,8 @@ from nestlearn.train.distributed import Distributed
 
 TUNING_SEED = 1000
 """Settings are chosen with this seed; the final runs have seeds 0, 1, 2, ..."""
+Losses = Iterable[Callable[[Any], torch.Tensor]]
+"""Per step, from the model to the loss of the step's batch."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,8 +157,13 @@ class Trained(Experiment):
         plan, generator = self.plan_of(cell["task"]), torch.Generator().manual_seed(cell["seed"])
         together = Distributed.start(cell["device"])
         data = training(task, plan, generator, cell["device"], together)
+        data = self.guided(model, cell, plan, data)
         decay = cell["weight_decay"]
         return fit(model, data, cell["lr"], plan.steps, weight_decay=decay, together=together)
+
+    def guided(self, model: Any, cell: dict[str, Any], plan: Plan, data: Losses) -> Losses:
+        """The losses of training, of a system whose settings change on the way."""
+        return data
 
     def scores(self, model: Any, task: Task, plan: Plan, split: str, seed: int) -> dict[str, Any]:
         """Scores of a model on a split; the task's metric is among them."""
@@ -224,7 +231,7 @@ def training(
     generator: torch.Generator,
     device: str,
     together: Distributed | None = None,
-) -> Iterable[functools.partial[torch.Tensor]]:
+) -> Losses:
     """Losses of a plan's batches: new examples, or rows of a pool in a new order at every pass.
 
     Of several processes each has its rows of the batch that one process would have, with a loss
