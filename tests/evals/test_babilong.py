@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import gzip
 import math
 import re
@@ -24,11 +25,12 @@ from nestlearn.evals.babilong import (
     read_stream,
     search,
 )
-from nestlearn.evals.babilong_trained import BabiLong, BabiPlan
+from nestlearn.evals.babilong_trained import WRITE_COST, BabiLong, BabiPlan
 from nestlearn.evals.harness.experiment import Request
 from nestlearn.evals.harness.results import Results
 from nestlearn.evals.harness.systems import Size
 from nestlearn.evals.harness.task import IGNORE, TRAIN
+from nestlearn.evals.harness.trained import training
 from nestlearn.evals.haystack import Haystack
 from nestlearn.evals.recurrent_memory import AssociativeMemory, RecurrentMemoryTransformer, phi
 from nestlearn.train.tokenizers import train_bpe
@@ -287,6 +289,23 @@ def test_texts_grow_while_training_goes_on(toy: BabiLong) -> None:
         longest.append(sizes & {64, 128})
         assert progress > 0 or max(sizes) < 64
     assert longest == [set(), {64}, {64, 128}]
+
+
+def test_writing_begins_to_cost_when_there_is_something_to_keep(toy: BabiLong) -> None:
+    task, plan = toy.tasks()["qa1"], dataclasses.replace(toy.plan, steps=20)
+    for system, last in (("hope_sparse", WRITE_COST), ("hope", 0.0)):
+        model: Any = toy.model(system, task, plan).train()
+        cell = {"system": system, "task": "qa1"}
+        data = toy.guided(model, cell, plan, training(task, plan, torch.Generator(), "cpu"))
+        costs, charged = [], []
+        for loss in data:
+            costs.append(model.config.write_cost)
+            charged.append(model(task.draw(TRAIN, 1, torch.Generator()).inputs).write_loss)
+            assert loss(model).isfinite()
+        assert len(costs) == 20 and costs == sorted(costs)
+        assert costs[7] == 0 and charged[7] is None
+        assert costs[-1] == pytest.approx(last, rel=0.1)
+        assert (charged[-1] is not None) is (last > 0)
 
 
 def test_the_experiment_runs_and_reports(toy: BabiLong, tmp_path: Any) -> None:
