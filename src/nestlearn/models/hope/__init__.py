@@ -8,6 +8,7 @@ from nestlearn.models.hope.modeling import (
     HopeBlock,
     HopeForCausalLM,
     HopeModel,
+    HopeOutput,
     HopePreTrainedModel,
 )
 
@@ -21,5 +22,6 @@ __all__ = [
     "HopeConfig",
     "HopeForCausalLM",
     "HopeModel",
+    "HopeOutput",
     "HopePreTrainedModel",
 ]
