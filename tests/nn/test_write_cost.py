@@ -138,3 +138,16 @@ def test_a_model_that_pays_learns_to_write_less():
 def test_bad_costs_are_refused(value):
     with pytest.raises(ValueError, match=r"write_cost .*a number >= 0"):
         HopeConfig.preset("tiny", write_cost=value)
+
+
+def test_a_compiled_layer_is_recorded_too():
+    torch._dynamo.reset()
+    layer, x = SelfModifyingTitans(8, 1, projection_chunk=4, memory_chunk=4), torch.randn(1, 4, 8)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    grads = []
+    for called in (layer, compiled):
+        with record_writes() as written:
+            called(x)
+        assert len(written) == 1
+        grads.append(torch.autograd.grad(count_writes(written), layer.gates.eta_bias)[0])
+    torch.testing.assert_close(*grads)

@@ -16,15 +16,23 @@ those that replace what was there before stay as large as they need to be (a cos
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterable, Iterator
-from contextvars import ContextVar
 
 from torch import Tensor
 
 HALF = 0.1
 """η₀: a write of this size counts one half."""
 
-_records: ContextVar[tuple[list[tuple[Tensor, Tensor]], ...]] = ContextVar("written", default=())
+
+class _Records(threading.local):
+    """The lists of this thread that are being filled."""
+
+    def __init__(self) -> None:
+        self.open: list[list[tuple[Tensor, Tensor]]] = []
+
+
+_records = _Records()
 
 
 @contextlib.contextmanager
@@ -41,16 +49,16 @@ def record_writes() -> Iterator[list[tuple[Tensor, Tensor]]]:
         [torch.Size([1, 2, 5])]
     """
     found: list[tuple[Tensor, Tensor]] = []
-    token = _records.set((*_records.get(), found))
+    _records.open.append(found)
     try:
         yield found
     finally:
-        _records.reset(token)
+        _records.open.pop()
 
 
 def record(eta: Tensor, alpha: Tensor) -> None:
     """Called by layers: hand η and α ``(B, H, T)`` to whoever collects them."""
-    for found in _records.get():
+    for found in _records.open:
         found.append((eta, alpha))
 
 
