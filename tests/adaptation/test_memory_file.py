@@ -22,10 +22,9 @@ from nestlearn.adaptation import adaptation_of, read_memory, write_memory
 from nestlearn.adaptation.codec import decode, encode, size_of
 from nestlearn.adaptation.operations import diff, merge, prune
 from nestlearn.adaptation.stored import digest
-from tests.adaptation.conftest import tiny_model
+from tests.adaptation.conftest import TEXT, logits, tiny_model
 
 OTHER = "The tram to Velm leaves at six from the harbour."
-TEXT = "Irma Quell built the lighthouse of Ostrava Bay in 1893, and kept its lamp for forty years."
 
 
 def learner_of(tokenizer: Any, seed: int = 0, slots: int = 100, **settings: Any) -> Any:
@@ -33,11 +32,6 @@ def learner_of(tokenizer: Any, seed: int = 0, slots: int = 100, **settings: Any)
     levels = [nl.Level(period=8), nl.Level(period=32, half_life=500.0)]
     nl.adapt(model, levels, rank=16, slots=slots)
     return nl.Learner(model, tokenizer, lr=0.5, repeats=1, **settings)
-
-
-def logits(learner: Any, ids: Tensor) -> Tensor:
-    with torch.no_grad():
-        return learner.model(ids).logits
 
 
 def content_of(path: Path) -> dict[str, Any]:

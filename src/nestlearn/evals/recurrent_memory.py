@@ -52,12 +52,12 @@ class AssociativeMemory(nn.Module):
 
     def read(self, x: Tensor, state: Pair) -> Tensor:
         """``(B, T, width)``: what is known of the tokens ``x``."""
-        return self._at(F.normalize(phi(self.q(x)), dim=-1), state)
+        return self._at(_features(self.q(x)), state)
 
     def write(self, m: Tensor, state: Pair) -> Pair:
         """The memory after the memory tokens ``m (B, n, width)``."""
         matrix, norm = state
-        k = F.normalize(phi(self.k(m)), dim=-1)
+        k = _features(self.k(m))
         change = torch.sigmoid(self.b(m)) * (self.v(m) - self._at(k, state))
         new = (1 - k @ norm[..., None]).clamp(0, 1).detach()
         return matrix + change.mT @ k, norm + (new * k).sum(1)
@@ -77,6 +77,10 @@ def phi(x: Tensor, degree: int = 3) -> Tensor:
     """
     both = torch.cat([x.relu(), (-x).relu()], -1)
     return torch.cat([both * both.roll(i, -1) for i in range(1, degree + 1)], -1)
+
+
+def _features(x: Tensor) -> Tensor:
+    return F.normalize(phi(x), dim=-1)
 
 
 @dataclasses.dataclass

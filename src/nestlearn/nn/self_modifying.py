@@ -11,16 +11,12 @@ from torch import Tensor, nn
 
 from nestlearn.memory.state import MemoryState, State
 from nestlearn.nn.conv import CausalConv
+from nestlearn.nn.gates import Gates
 from nestlearn.nn.native import ROLES, VECTORS
 from nestlearn.nn.pointwise import unit
 from nestlearn.nn.ragged import run_ragged
 from nestlearn.nn.scan import scan
-from nestlearn.nn.self_memories import (
-    Gates,
-    MainMemory,
-    ProjectionCell,
-    ProjectionMemories,
-)
+from nestlearn.nn.self_memories import MainMemory, ProjectionCell, ProjectionMemories
 from nestlearn.nn.self_write import WriteRule
 from nestlearn.nn.write_cost import record
 from nestlearn.rules.decay import wide

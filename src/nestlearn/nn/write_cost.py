@@ -1,8 +1,8 @@
 """A cost on writing, so that a memory learns to write little (our choice; off by default).
 
-What a memory is given while it is trained on short texts it can afford: every token writes, and
-what is rewritten a few thousand tokens later was asked for before. On texts a hundred times as long
-those writes wear away what must stay. The loss then gets, over all layers, heads and tokens,
+Trained on short texts a memory can afford to write at every token: little of what it holds is lost
+before it is asked for. On texts a hundred times as long those writes wear away what must stay. So
+the training loss gets, over all layers, heads and tokens,
 
     c Σ_t η_t / (η_t + η₀) · λ_t / (λ_t + T),        λ_t = 1 / (1 - α_t)
 

@@ -269,14 +269,13 @@ class HopeConfig(PreTrainedConfig):
             _require(value is None or _whole(value), field, value, "an integer >= 1 or None")
         for field in ("eta_max", "rms_norm_eps", "rope_theta", "initializer_range"):
             value = getattr(self, field)
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            _require(number and 0 < value < float("inf"), field, value, "a number > 0")
-        share = self.write_threshold
-        number = isinstance(share, int | float) and not isinstance(share, bool)
-        _require(number and 0 <= share < 1, "write_threshold", share, "a number in [0, 1)")
-        cost = self.write_cost
-        number = isinstance(cost, int | float) and not isinstance(cost, bool)
-        _require(number and 0 <= cost < float("inf"), "write_cost", cost, "a number >= 0")
+            fits = _number(value) and 0 < value < float("inf")
+            _require(fits, field, value, "a number > 0")
+        share, cost = self.write_threshold, self.write_cost
+        fits = _number(share) and 0 <= share < 1
+        _require(fits, "write_threshold", share, "a number in [0, 1)")
+        fits = _number(cost) and 0 <= cost < float("inf")
+        _require(fits, "write_cost", cost, "a number >= 0")
         for field in _YES_NO:
             value = getattr(self, field)
             _require(isinstance(value, bool), field, value, "True or False")
@@ -349,6 +348,10 @@ class HopeConfig(PreTrainedConfig):
 
 def _whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _require(ok: bool, field: str, value: Any, expected: str) -> None:

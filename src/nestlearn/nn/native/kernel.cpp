@@ -242,7 +242,7 @@ class Unit {
     void hand_out(long unit, long i) {
         std::copy(chunk.g_k, chunk.g_k + vector, g_role[KEY]);
         std::copy(chunk.g_v, chunk.g_v + vector, g_role[VALUE]);
-        // Inside the recurrence a closed gate has the exact gradient, none: see `Gates`.
+        // Inside the recurrence a closed gate has the exact gradient, none: see nn/gates.py.
         if (generator[ETA] >= 0 && p.threshold > 0) {
             const T* eta = token(p.roles[ETA], unit, i, 1);
             for (long t = 0; t < C; t++)

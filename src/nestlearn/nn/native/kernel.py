@@ -73,7 +73,7 @@ class Plan:
         generated: roles made by the group's memories, in their order; empty: the group is one
             memory that is read with q.
         token: read after each token's own write, else at the chunk's start.
-        eta_max, threshold: of generated η, see `nestlearn.nn.self_memories.Gates`.
+        eta_max, threshold: of generated η, see `nestlearn.nn.gates.Gates`.
         anchored: retention pulls to the initial states, else to zero.
         generated_targets: memories make their own targets, else they get v.
         truncate: the outer gradient passes no chunk's boundary, but goes to the initial states.
