@@ -251,7 +251,7 @@ def toy(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> BabiLong:
             file.write(babi("Ann" if part == "train" else "Eve"))
     monkeypatch.setenv("NESTLEARN_DATA", str(tmp_path))
     plan = BabiPlan(
-        Size(16, 1, 2), steps=2, batch=2, lrs=(1e-3,), weight_decays=(0.0,), seeds=1,
+        Size(32, 1, 2), steps=2, batch=2, lrs=(1e-3,), weight_decays=(0.0,), seeds=1,
         systems=("transformer", "armt"), examples=3, trained=(0, 64, 128), tested=(0, 300),
         segment=32, vocab_size=300, characters=20_000,
     )  # fmt: skip

@@ -23,10 +23,11 @@ from nestlearn.evals.harness.trained import Losses, Plan, Trained
 from nestlearn.evals.recurrent_memory import RecurrentMemoryTransformer
 
 SPARSE = "hope_sparse"
-"""Hope that writes little: no forgetting in its last head, a threshold, and a cost on writes. From
-the start the cost keeps it from learning to write at all (docs/results.md), so it begins after
-`FREE` of the training, and rises to `WRITE_COST` nats a write at its end."""
-FREE, WRITE_COST = 0.35, 0.002
+"""Hope that writes little: no forgetting in its last head, a threshold, a cost on writes, and a
+convolution that sees the name from behind the question. From the start the cost keeps it from
+learning to write at all (docs/results.md), so it begins after `FREE` of the training, and rises to
+`WRITE_COST` nats a write at its end."""
+FREE, WRITE_COST = 0.35, 2e-4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +70,7 @@ class BabiLong(Trained):
                 **SYSTEMS["hope"].fields,
                 "write_threshold": 0.004,
                 "memory_half_lives": (10_000, 1e25),
+                "conv_size": 8,
             },
         ),
         "rmt": System("RMT", {}),

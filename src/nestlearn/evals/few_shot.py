@@ -124,6 +124,8 @@ class FewShot(Trained):
         found = []
         for name, task in self.episodes().items():
             curves = {**self.curves(results, task), **self.references(results, task)}
+            if not curves:
+                continue
             rows = tuple((k, *(curve[n] for n in task.splits)) for k, curve in curves.items())
             heads = ("system", *(f"k = {n}" for n in task.splits))
             if task.metric == "loss":

@@ -9,8 +9,9 @@ the training loss gets, over all layers, heads and tokens,
 with T the tokens of the text: the number of writes, in which one that is much smaller than η₀
 counts in proportion to its size and one that is much larger counts as one. So small writes go, and
 those that replace what was there before stay as large as they need to be (a cost in proportion to
-η makes them small, too). A write counts by the share of a text for which it stays, as the head's
-α at that token has it: a memory for the last few tokens is nearly free.
+η makes them small, too, and so does an η₀ that is not far below them). A write counts by the share
+of a text for which it stays, as the head's α at that token has it: a memory for the last few tokens
+is nearly free.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from collections.abc import Iterable, Iterator
 
 from torch import Tensor
 
-HALF = 0.1
+HALF = 0.01
 """η₀: a write of this size counts one half."""
 
 
