@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import nestlearn as nl
-from tests.lens.test_inspect import both_ways, levels, links, mlp
+from tests.lens.boxes import both_ways, levels, links
+from tests.lens.test_inspect import mlp
 
 
 def step(model: nn.Module, optimizer: Any) -> None:
