@@ -199,7 +199,8 @@ def training(args: Any) -> None:
     assert row is not None
     facts = {k: v for k, v in row.items() if k not in ("loss", "norm")}
     table("Training run", ["fact", "value"], facts.items())
-    results.summarise({k: v for k, v in facts.items() if k not in ("cell", "commit", "date")})
+    of_the_row = ("cell", "command", "machine", "commit", "date")
+    results.summarise({k: v for k, v in facts.items() if k not in of_the_row})
 
 
 def spikes(norms: list[float], skip: int = 100, window: int = 100) -> dict[str, Any]:

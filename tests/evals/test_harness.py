@@ -174,6 +174,35 @@ def test_reports_say_the_same_and_escape_what_is_in_them(tmp_path: Path) -> None
         assert any(line.startswith(f"- {fact}") for line in lines)
 
 
+def test_every_cell_keeps_what_it_was_measured_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "squares.json"
+
+    def report(command: str, machine: str, *tasks: str) -> str:
+        monkeypatch.setattr("sys.argv", command.split())
+        monkeypatch.setattr("nestlearn.evals.harness.results._cpu_model", lambda: machine)
+        if tasks:
+            return as_markdown(Squares(), measured(Squares(), path, Request(tasks=tasks))[0], None)
+        return as_markdown(Squares(), open_results(Squares(), path, Request(), 1), None)
+
+    assert "- command: first run\n- machine: Old" in report("first run", "Old", "1")
+    second = report("second run", "New", "2")
+    assert "- command: first run\n- command: second run\n- machine: Old" in second
+    assert " / New, " in second
+    assert report("only look", "Third") == second
+    record = json.loads(path.read_text())
+    assert record["command"] == "second run" and record["hardware"]["cpu"] == "New"
+    assert [(r["cell"], r["command"]) for r in record["rows"]] == [
+        ("square 1", "first run"), ("sum", "first run"), ("square 2", "second run"),
+    ]  # fmt: skip
+    for row in record["rows"][:2]:  # as files once were
+        del row["command"], row["machine"]
+    path.write_text(json.dumps(record))
+    old = report("only look", "Third")
+    assert "first run" not in old and "Old" not in old and "not recorded for 2 cells" in old
+
+
 def test_reports_name_the_cells_that_failed(tmp_path: Path) -> None:
     Squares.broken = {3}
     results, _, _ = measured(Squares(), tmp_path / "squares.json")

@@ -31,7 +31,8 @@ if "bad" in args.only:
     sys.exit(3)
 summary = {name: {"score": args.seeds, "fresh": args.fresh} for name in args.only}
 json.dump({"rows": [1, 2, 3], "summary": summary, "command": "echo", "commit": "c", "date": "d",
-           "hardware": {"gpu": None, "cpu": "x", "cores": args.threads}}, open(args.out, "w"))
+           "hardware": {"gpu": None, "cpu": "x", "cores": args.threads, "torch": "2"}},
+          open(args.out, "w"))
 """
 
 
@@ -98,12 +99,13 @@ def test_what_is_committed_is_shown_until_something_is_measured(
 ) -> None:
     results = open_results(Echo(), tmp_path / "echo.json", Request(), 1)
     record = {"rows": [], "summary": {"a": {"score": 7}}, "command": "c", "commit": "c",
-              "date": "d", "hardware": {"gpu": "G", "cpu": "x", "cores": 2}}  # fmt: skip
+              "date": "d", "hardware": {"gpu": "G", "cpu": "x", "cores": 2, "torch": "2"},
+              }  # fmt: skip
     (checkout / "benchmarks" / "results" / "echo_one.json").write_text(json.dumps(record))
     (checkout / "benchmarks" / "results" / "echo_one.png").write_bytes(b"picture")
     table = Echo().tables(results)[0]
     assert table.title == "one, committed result" and table.rows == (("a", 7, None),)
-    assert "Measured (benchmarks/results)" in table.note and table.note.endswith("G.")
+    assert "Measured (benchmarks/results)" in table.note and table.note.endswith("G; PyTorch 2.")
     assert Echo().plot(results, tmp_path / "p.png")
     assert (tmp_path / "p.png").read_bytes() == b"picture"
     run(Echo(), results, Request(), report=lambda line: None)

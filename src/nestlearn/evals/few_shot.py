@@ -144,11 +144,12 @@ class FewShot(Trained):
         matplotlib.use("Agg")
         from matplotlib import pyplot as plt
 
-        tasks = self.episodes()
-        if not any(self.curves(results, task) for task in tasks.values()):
+        tasks = {n: t for n, t in self.episodes().items() if self.curves(results, t)}
+        if not tasks:
             return False
-        figure, axes = plt.subplots(1, len(tasks), figsize=(3.6 * len(tasks) + 1.5, 3.8))
-        for axis, (name, task) in zip(axes, tasks.items(), strict=True):
+        size = (3.6 * len(tasks) + 1.5, 3.8)
+        figure, axes = plt.subplots(1, len(tasks), figsize=size, squeeze=False)
+        for axis, (name, task) in zip(axes[0], tasks.items(), strict=True):
             places = list(task.shots)
             for label, curve in self.curves(results, task).items():
                 axis.plot(places, [curve[k] for k in task.splits], "-", marker="o", label=label)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from nestlearn.evals.harness.experiment import Experiment, Request, Scale, Table
-from nestlearn.evals.harness.results import ROOT, Results, read
+from nestlearn.evals.harness.results import ROOT, Results, machine, read
 
 Columns = tuple[str, ...]
 Rows = tuple[tuple[Any, ...], ...]
@@ -134,12 +134,10 @@ class Scripted(Experiment):
             path, committed = place
             record = read(path)
             columns, rows = self.read(record)
-            hardware = record["hardware"]
             origin = "benchmarks/results" if committed else "this machine"
-            machine = hardware["gpu"] or f"{hardware['cpu']}, {hardware['cores']} cores"
             note = (
                 f"{self.claim} Measured ({origin}) with `{record['command']}`, commit "
-                f"{record['commit']}, {record['date']}, {machine}."
+                f"{record['commit']}, {record['date']}, {machine(record['hardware'])}."
             )
             title = name if not committed else f"{name}, committed result"
             tables.append(Table(title, columns, rows, note))

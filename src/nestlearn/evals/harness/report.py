@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nestlearn.evals.harness.experiment import Experiment, Table
-from nestlearn.evals.harness.results import Results, shown, table
+from nestlearn.evals.harness.results import Results, machine, shown, table
 
 
 def print_tables(tables: Sequence[Table]) -> None:
@@ -43,18 +43,25 @@ def write_report(experiment: Experiment, results: Results) -> list[Path]:
 
 def facts(experiment: Experiment, results: Results) -> list[tuple[str, str]]:
     """What every report says about how it was measured."""
-    record = results.record
-    hardware = record["hardware"]
-    machine = hardware["gpu"] or f"{hardware['cpu']}, {hardware['cores']} cores"
-    failed = [r["cell"] for r in record["rows"] if "error" in r]
+    record, rows = results.record, results.record["rows"]
+    failed = [r["cell"] for r in rows if "error" in r]
+    seeds = sorted({r["seed"] for r in rows if "seed" in r and not r.get("tuning")})
+    # Old rows have no command and machine of their own, and need not be of the file's last run.
+    known = {k: [r[k] for r in rows if k in r] for k in ("command", "machine", "commit")}
+    commands = list(dict.fromkeys(known["command"])) or [record["command"]]
+    machines = list(dict.fromkeys(known["machine"])) or [machine(record["hardware"])]
+    if 0 < len(known["machine"]) < len(rows):
+        machines.append(f"not recorded for {len(rows) - len(known['machine'])} cells")
+    commits = list(dict.fromkeys(known["commit"])) or [record["commit"]]
     return [
         ("question", experiment.question),
         ("scale", experiment.scale),
-        ("seeds", ", ".join(map(str, record["seeds"]))),
-        ("command", record["command"]),
-        ("machine", f"{machine}; PyTorch {hardware['torch']}"),
-        ("commit, date", f"{record['commit']}, {record['date']}"),
-        ("cells", f"{len(record['rows'])} measured, {len(failed)} failed"),
+        ("seeds", ", ".join(map(str, seeds or record["seeds"]))),
+        *(("command", command) for command in commands),
+        ("machine", " / ".join(machines)),
+        ("commits", ", ".join(commits)),
+        ("last measured", record["date"]),
+        ("cells", f"{len(rows)} measured, {len(failed)} failed"),
         *(("failed", name) for name in failed),
     ]
 

@@ -1,8 +1,9 @@
 """Result files that grow cell by cell.
 
-A result file is one JSON object: the question it answers, the command, commit, date and hardware it
-was measured with, its settings and seeds, one row per measured cell and a summary. It is rewritten
-atomically after every cell, and a run that was cut off continues with the cells that are missing.
+A result file is one JSON object: the question it answers, the command, commit, date and hardware of
+what was measured last, its settings and seeds, one row per measured cell and a summary. Every row
+has the command, commit, date and machine of its own. The file is rewritten atomically after every
+cell, and a run that was cut off continues with the cells that are missing.
 """
 
 from __future__ import annotations
@@ -60,13 +61,16 @@ class Results:
         fresh: bool = False,
     ) -> None:
         self.path, self.keeps = Path(path), True
-        self.record: dict[str, Any] = {
-            "question": question,
+        self._run: dict[str, Any] = {
             "command": command_line(),
             "commit": git_commit(),
             "date": now(),
             "hardware": hardware(threads),
             "seeds": list(seeds),
+        }
+        self.record: dict[str, Any] = {
+            "question": question,
+            **self._run,
             "settings": _plain(settings),
             "rows": [],
             "summary": {},
@@ -79,8 +83,8 @@ class Results:
                     f"({_difference(old.get('settings', {}), self.record['settings'])}); "
                     "choose another --out or start again with --fresh"
                 )
-            self.record["rows"] = old.get("rows", [])
-            self.record["summary"] = old.get("summary", {})
+            # Until something is measured, the file is that of who measured it.
+            self.record |= {k: old[k] for k in (*self._run, "rows", "summary") if k in old}
 
     def done(self, cell: str) -> bool:
         """Whether the cell has been measured (a cell that failed is tried again)."""
@@ -99,7 +103,9 @@ class Results:
 
     def add(self, cell: str, row: dict[str, Any]) -> None:
         """Put in (or replace) one cell and write the file."""
-        entry = {"cell": cell, **_plain(row), "commit": self.record["commit"], "date": now()}
+        self.record |= self._run
+        run = {"command": self._run["command"], "machine": machine(self._run["hardware"])}
+        entry = {"cell": cell, **_plain(row), **run, "commit": self._run["commit"], "date": now()}
         kept = [r for r in self.record["rows"] if r["cell"] != cell]
         self.record["rows"] = [*kept, entry]
         self.save()
@@ -159,6 +165,12 @@ def hardware(threads: int | None = None) -> dict[str, Any]:
         "torch": torch_version,
         "threads": threads,
     }
+
+
+def machine(hardware: dict[str, Any]) -> str:
+    """`hardware` in words."""
+    chip = hardware["gpu"] or f"{hardware['cpu']}, {hardware['cores']} cores"
+    return f"{chip}; PyTorch {hardware['torch']}"
 
 
 def git_commit() -> str:
