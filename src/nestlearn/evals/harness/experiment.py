@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from nestlearn.evals.harness.kept import Kept
 from nestlearn.evals.harness.results import Results
 
 Scale = Literal["tiny", "small", "paper"]
@@ -76,6 +77,7 @@ class Experiment(ABC):
         question: what it answers, one sentence.
         scales: those it has.
         needs_model: it teaches or asks a pre-trained model; its cells have the entry ``"model"``.
+        kept: what the cell that is being measured had reached before it was cut off.
         shares_cells: under ``torchrun`` all processes measure a cell together.
     """
 
@@ -88,6 +90,7 @@ class Experiment(ABC):
     shares_cells: bool = False
 
     def __init__(self, scale: Scale = "tiny") -> None:
+        self.kept = Kept()
         if scale not in self.scales:
             raise ValueError(
                 f"{self.name} has no scale {scale!r}; choose one of {', '.join(self.scales)}"

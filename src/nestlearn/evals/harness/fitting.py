@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nestlearn.evals.harness.kept import Kept
 from nestlearn.optim.groups import level_groups
 from nestlearn.optim.multirate import MultiRate
 from nestlearn.train.distributed import Distributed
@@ -28,6 +29,7 @@ def fit(
     warm: float = 0.05,
     together: Distributed | None = None,
     report: Callable[[int, float, float], None] | None = None,
+    kept: Kept | None = None,
 ) -> dict[str, Any]:
     """AdamW through the levels' clocks, linear warm-up and cosine to a tenth of ``lr``.
 
@@ -40,6 +42,8 @@ def fit(
         warm: share of the steps that the rate takes to rise.
         together: processes that have a share of every batch each, whose mean loss is the batch's.
         report: called after every step with its number, loss and gradient norm.
+        kept: where training is kept from time to time, and goes on from, bit for bit. ``losses``
+            begins at the first step all the same: what was done before is drawn and passed over.
 
     Returns:
         ``loss`` and ``norm`` (of the gradient, before clipping) per step; ``seconds``.
@@ -62,9 +66,33 @@ def fit(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, scale)
     found: list[float] = []
     norms: list[float] = []
-    start = time.perf_counter()
+    kept = kept or Kept()
+    before = together.broadcast(kept.get("training") if together.main else None)
+    if before is not None:
+        model.load_state_dict(before["model"])
+        optimizer.load_state_dict(before["optimizer"])
+        schedule.load_state_dict(before["schedule"])
+        found, norms = before["loss"], before["norm"]
+    start = time.perf_counter() - (before["seconds"] if before else 0.0)
+
+    def reached() -> dict[str, Any]:
+        return {
+            "model": model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "schedule": schedule.state_dict(),
+            "random": torch.get_rng_state(),
+            "loss": found,
+            "norm": norms,
+            "seconds": time.perf_counter() - start,
+        }
+
     model.train()
     for step, compute in zip(range(steps), losses, strict=False):
+        if before is not None:
+            if step < len(before["loss"]):
+                continue
+            torch.set_rng_state(before["random"])
+            before = None
         loss = compute(model)
         loss.backward()
         total = loss.detach().clone()
@@ -80,4 +108,6 @@ def fit(
             raise ValueError(f"the loss was {found[-1]} at step {step}; use a smaller lr than {lr}")
         if report is not None:
             report(step, found[-1], norms[-1])
+        if together.main:
+            kept.put("training", reached, now=step == steps - 1)
     return {"loss": found, "norm": norms, "seconds": time.perf_counter() - start}

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import shutil
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import nestlearn
 from nestlearn.evals.harness.experiment import Experiment, Request, Scale
+from nestlearn.evals.harness.kept import Kept, kept_file
 from nestlearn.evals.harness.parallel import in_parallel
-from nestlearn.evals.harness.results import Results, read
+from nestlearn.evals.harness.results import Results, git_commit, read
 from nestlearn.train.distributed import Distributed
 
 
@@ -49,8 +54,9 @@ def run(
 ) -> int:
     """Measure what is missing; returns how many cells failed.
 
-    Cells that failed before are tried again once. Under ``torchrun`` all processes train a cell's
-    model together, one cell after the other; the first process keeps the results.
+    A cell that was cut off goes on where it had come to, if the code is the same still. Cells that
+    failed before are tried again once, from their start. Under ``torchrun`` all processes train a
+    cell's model together, one cell after the other; the first process keeps the results.
 
     Raises:
         ValueError: the experiment needs a pre-trained model, and the request names none; or its
@@ -66,6 +72,9 @@ def run(
     results.record["rows"] = [r for r in results.record["rows"] if "error" not in r]
     if again:
         report(f"  {len(again)} cells that failed before are tried again")
+    stamp = [results.record["settings"], git_commit(), nestlearn.__version__]
+    if request.fresh and together.main:
+        shutil.rmtree(kept_file(results.path, "").parent, ignore_errors=True)
     failed, began = 0, time.perf_counter()
     while cells := experiment.due(results, request):
         left = dict(cells)
@@ -77,41 +86,57 @@ def run(
             results.add(name, row if "error" not in row else {**cell, **row})
             if not together.main:
                 return
+            kept_file(results.path, name).unlink(missing_ok=True)
             said = row.get("error") or experiment.summary(row)
             spent = time.perf_counter() - began
             report(f"  {name}: {said} ({len(left)} left of this round, {spent:.0f} s in all)")
 
         # The model's place is no part of a cell: results must not depend on where it lies.
         more = {"model": request.model} if experiment.needs_model else {}
-        work = {n: (experiment.name, experiment.scale, {**c, **more}) for n, c in cells.items()}
+        work = {
+            name: (
+                experiment.name,
+                experiment.scale,
+                {**cell, **more},
+                kept_file(results.path, name),
+                json.dumps([*stamp, cell]),
+            )
+            for name, cell in cells.items()
+        }
         if together.world > 1:
             _in_turn(work, together, done)
         else:
             in_parallel(measure, work, jobs, done, threads)
+    with contextlib.suppress(OSError):  # what another run has left is not empty
+        kept_file(results.path, "").parent.rmdir()
     return failed
 
 
 def _in_turn(
-    work: dict[str, tuple[str, Scale, dict[str, Any]]],
+    work: dict[str, tuple[str, Scale, dict[str, Any], Path, str]],
     together: Distributed,
     done: Callable[[str, dict[str, Any]], None],
 ) -> None:
     """Cells that all processes measure together; every process gets the first one's rows."""
-    for cell, (name, scale, settings) in work.items():
+    for cell, (name, scale, settings, kept, stamp) in work.items():
+        mine = kept if together.main else None
         try:
-            row = measure(name, scale, {**settings, "device": str(together.device)})
+            row = measure(name, scale, {**settings, "device": str(together.device)}, mine, stamp)
         except ValueError as error:
             # Of the settings, so that all processes have it; any other error ends them all.
             row = {"error": f"{type(error).__name__}: {error}"}
         done(cell, together.broadcast(row))
 
 
-def measure(name: str, scale: Scale, cell: dict[str, Any]) -> dict[str, Any]:
-    """One cell, in a process of its own."""
+def measure(
+    name: str, scale: Scale, cell: dict[str, Any], kept: Path | None, stamp: str
+) -> dict[str, Any]:
+    """One cell, in a process of its own; goes on with what it kept under the same stamp."""
     from nestlearn.evals.registry import experiment
 
-    began = time.perf_counter()
-    row = experiment(name, scale).measure(cell)
+    began, measured = time.perf_counter(), experiment(name, scale)
+    measured.kept = Kept(kept, stamp)
+    row = measured.measure(cell)
     row.pop("model", None)
     return {**row, "seconds": time.perf_counter() - began}
 

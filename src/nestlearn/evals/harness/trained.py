@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import statistics
 import time
 from abc import abstractmethod
@@ -139,9 +140,14 @@ class Trained(Experiment):
         found = self.train(model, task, cell)
         splits = (VALIDATION,) if cell["tuning"] else (VALIDATION, *task.splits)
         row: dict[str, Any] = {k: v for k, v in cell.items() if k != "device"}
-        began = time.perf_counter()
+        scores = json.loads(self.kept.get("scores") or '{"seconds": 0}')
+        began = time.perf_counter() - scores["seconds"]
         for split in splits:
-            row[split] = self.scores(model, task, plan, split, seed_of(task, split))
+            if split not in scores:
+                scores[split] = self.scores(model, task, plan, split, seed_of(task, split))
+                scores["seconds"] = time.perf_counter() - began
+                self.kept.put("scores", lambda: json.dumps(scores), now=True)
+            row[split] = scores[split]
         if not cell["tuning"]:
             row |= self.examine(model, cell)
         losses = found["loss"]
@@ -159,7 +165,10 @@ class Trained(Experiment):
         data = training(task, plan, generator, cell["device"], together)
         data = self.guided(model, cell, plan, data)
         decay = cell["weight_decay"]
-        return fit(model, data, cell["lr"], plan.steps, weight_decay=decay, together=together)
+        return fit(
+            model, data, cell["lr"], plan.steps, weight_decay=decay, together=together,
+            kept=self.kept,
+        )  # fmt: skip
 
     def guided(self, model: Any, cell: dict[str, Any], plan: Plan, data: Losses) -> Losses:
         """The losses of training, of a system whose settings change on the way."""

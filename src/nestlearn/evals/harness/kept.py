@@ -1,0 +1,72 @@
+"""What a cell has reached, kept on disk: a run that was cut off goes on in the middle of it."""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+import torch
+
+from nestlearn.files import write_file
+
+EVERY = 60.0
+"""Seconds between two writes, at least; and twenty times what the last one took."""
+
+
+class Kept:
+    """Parts of a cell's state in one file, by name.
+
+    Args:
+        path: the file; None keeps everything in memory only.
+        stamp: what the parts belong to. A file with another stamp counts as none.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "cell.pt"
+        >>> Kept(path, "a").put("scores", lambda: {"test": 0.5}, now=True)
+        True
+        >>> Kept(path, "a").get("scores"), Kept(path, "b").get("scores")
+        ({'test': 0.5}, None)
+    """
+
+    def __init__(self, path: Path | None = None, stamp: str = "") -> None:
+        self.path, self.stamp = path, stamp
+        self._parts: dict[str, Any] = {}
+        self._next = monotonic() + EVERY
+        if path is None or not path.is_file():
+            return
+        try:
+            found = torch.load(path, map_location="cpu", weights_only=True)
+            if found["stamp"] == stamp:
+                self._parts = found["parts"]
+        except (OSError, RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError):
+            warnings.warn(f"{path.name} cannot be read; the cell starts again", stacklevel=2)
+
+    def get(self, part: str) -> Any:
+        """What was put last; None if nothing was."""
+        return self._parts.get(part)
+
+    def put(self, part: str, value: Callable[[], Any], now: bool = False) -> bool:
+        """Replace a part and write the file, if it is time to, or ``now``; whether it was done."""
+        began = monotonic()
+        if not now and (self.path is None or began < self._next):
+            return False
+        self._parts[part] = value()
+        if self.path is not None:
+            record = {"stamp": self.stamp, "parts": self._parts}
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_file(self.path, lambda file: torch.save(record, file))
+            end = monotonic()
+            self._next = end + max(EVERY, 20 * (end - began))
+        return True
+
+
+def kept_file(results: Path, cell: str) -> Path:
+    """Where a cell of a result file is kept while it is measured."""
+    name = hashlib.sha256(cell.encode()).hexdigest()[:16]
+    return results.with_name(f".{results.stem}.unfinished") / f"{name}.pt"
