@@ -22,7 +22,7 @@ class Kept:
     """Parts of a cell's state in one file, by name.
 
     Args:
-        path: the file; None keeps everything in memory only.
+        path: the file; None keeps nothing.
         stamp: what the parts belong to. A file with another stamp counts as none.
 
     Example:
@@ -54,15 +54,14 @@ class Kept:
     def put(self, part: str, value: Callable[[], Any], now: bool = False) -> bool:
         """Replace a part and write the file, if it is time to, or ``now``; whether it was done."""
         began = monotonic()
-        if not now and (self.path is None or began < self._next):
+        if self.path is None or (not now and began < self._next):
             return False
         self._parts[part] = value()
-        if self.path is not None:
-            record = {"stamp": self.stamp, "parts": self._parts}
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            write_file(self.path, lambda file: torch.save(record, file))
-            end = monotonic()
-            self._next = end + max(EVERY, 20 * (end - began))
+        record = {"stamp": self.stamp, "parts": self._parts}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_file(self.path, lambda file: torch.save(record, file))
+        end = monotonic()
+        self._next = end + max(EVERY, 20 * (end - began))
         return True
 
 
