@@ -174,6 +174,12 @@ def test_an_experiment_goes_on_within_a_cell(
     assert trained == [] and Interrupted.scored == 1  # the test split was all that was missing
     assert rows(path) == rows(tmp_path / "whole.json")
     assert not folder.exists()
+    other = tmp_path / "other.json"
+    with pytest.raises(KeyboardInterrupt):
+        go(other, ends_at=4)
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "code", lambda: "changed")
+        assert go(other) == 0 and trained == [*range(40)]  # the cell that was cut off, all of it
     with pytest.raises(KeyboardInterrupt):
         go(path, ends_at=4, fresh=True)
     assert go(path, fresh=True) == 0

@@ -73,7 +73,7 @@ def fit(
         optimizer.load_state_dict(before["optimizer"])
         schedule.load_state_dict(before["schedule"])
         found, norms = before["loss"], before["norm"]
-    start = time.perf_counter() - (before["seconds"] if before else 0.0)
+    begun, start = len(found), time.perf_counter() - (before["seconds"] if before else 0.0)
 
     def reached() -> dict[str, Any]:
         return {
@@ -88,11 +88,10 @@ def fit(
 
     model.train()
     for step, compute in zip(range(steps), losses, strict=False):
-        if before is not None:
-            if step < len(before["loss"]):
-                continue
+        if step < begun:
+            continue
+        if before is not None and step == begun:
             torch.set_rng_state(before["random"])
-            before = None
         loss = compute(model)
         loss.backward()
         total = loss.detach().clone()

@@ -11,11 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import nestlearn
 from nestlearn.evals.harness.experiment import Experiment, Request, Scale
-from nestlearn.evals.harness.kept import Kept, kept_file
+from nestlearn.evals.harness.kept import Kept, code, kept_file
 from nestlearn.evals.harness.parallel import in_parallel
-from nestlearn.evals.harness.results import Results, git_commit, read
+from nestlearn.evals.harness.results import Results, read
 from nestlearn.train.distributed import Distributed
 
 
@@ -72,7 +71,7 @@ def run(
     results.record["rows"] = [r for r in results.record["rows"] if "error" not in r]
     if again:
         report(f"  {len(again)} cells that failed before are tried again")
-    stamp = [results.record["settings"], git_commit(), nestlearn.__version__]
+    stamp = [results.record["settings"], code()]
     if request.fresh and together.main:
         shutil.rmtree(kept_file(results.path, "").parent, ignore_errors=True)
     failed, began = 0, time.perf_counter()

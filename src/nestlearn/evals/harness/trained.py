@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import statistics
 import time
 from abc import abstractmethod
@@ -140,14 +139,15 @@ class Trained(Experiment):
         found = self.train(model, task, cell)
         splits = (VALIDATION,) if cell["tuning"] else (VALIDATION, *task.splits)
         row: dict[str, Any] = {k: v for k, v in cell.items() if k != "device"}
-        scores = json.loads(self.kept.get("scores") or '{"seconds": 0}')
-        began = time.perf_counter() - scores["seconds"]
+        scored = self.kept.get("scores") or {"splits": {}, "seconds": 0.0}
+        began = time.perf_counter() - scored["seconds"]
         for split in splits:
-            if split not in scores:
-                scores[split] = self.scores(model, task, plan, split, seed_of(task, split))
-                scores["seconds"] = time.perf_counter() - began
-                self.kept.put("scores", lambda: json.dumps(scores), now=True)
-            row[split] = scores[split]
+            if split not in scored["splits"]:
+                seed = seed_of(task, split)
+                scored["splits"][split] = self.scores(model, task, plan, split, seed)
+                scored["seconds"] = time.perf_counter() - began
+                self.kept.put("scores", lambda: scored, now=True)
+        row |= scored["splits"]
         if not cell["tuning"]:
             row |= self.examine(model, cell)
         losses = found["loss"]
