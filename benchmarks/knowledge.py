@@ -43,7 +43,7 @@ MEMORIES = (0.1, 0.2, 0.4, 0.8)
 GRIDS: dict[str, list[dict[str, Any]]] = {
     "naive": grid(ALL_WEIGHTS),
     "lora": grid((2.5e-4, 5e-4, 1e-3, 2e-3), rank=16),
-    "ewc": [*grid((1e-4,), ewc=1e4), *grid((1e-4, 2e-4), ewc=1e5)],
+    "ewc": [*grid(ALL_WEIGHTS[:2], ewc=1e4), *grid(ALL_WEIGHTS[1:3], ewc=1e5)],
     "replay": grid(ALL_WEIGHTS[:3], replay=0.5),
     "nestlearn": grid(MEMORIES),
     "nestlearn_1_level": grid(MEMORIES, periods=(64,)),
