@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import html.parser
 import json
 import math
@@ -19,7 +20,7 @@ from nestlearn.evals.harness import run as running
 from nestlearn.evals.harness.experiment import Request, beside
 from nestlearn.evals.harness.parallel import in_parallel
 from nestlearn.evals.harness.report import as_html, as_markdown, write_report
-from nestlearn.evals.harness.results import Results
+from nestlearn.evals.harness.results import Results, read
 from nestlearn.evals.harness.run import open_results, run
 from nestlearn.evals.harness.systems import SYSTEMS, Size, build
 from nestlearn.evals.harness.task import IGNORE, Batch, score
@@ -294,6 +295,32 @@ def test_systems_are_tuned_then_run_and_the_one_that_can_be_learned_is(tmp_path:
     assert [cell["task"] for cell in one.values()] == ["easy"]
     with pytest.raises(ValueError, match="--systems: nothing"):
         toy.due(results, Request(systems=("nothing",)))
+
+
+def test_cells_of_a_system_that_has_changed_are_measured_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    toy, path = Copying(), tmp_path / "copying.json"
+    both = Request(systems=("transformer", "deltanet"), tasks=("easy",), seeds=1)
+    measured(toy, path, both)
+    known = {name: SYSTEMS[name] for name in both.systems or ()}
+    wider = dataclasses.replace(known["deltanet"], fields={"mixer": "deltanet", "conv_size": 2})
+    monkeypatch.setattr(Copying, "compared", {**known, "deltanet": wider})
+    capsys.readouterr()
+    results = open_results(toy, path, both, 1)
+    assert "3 cells are of systems that have changed since" in capsys.readouterr().err
+    assert toy.systems(results) == ["transformer"]  # the tables show no old row
+    assert sorted(toy.due(results, both)) == [
+        f"tune/easy/deltanet/lr={lr} weight_decay=0" for lr in ("0.0001", "0.03")
+    ]
+    results, failed, _ = measured(toy, path, both)
+    assert failed == 0
+    rows = results.rows(system="deltanet")
+    assert len(rows) == 3 and all(r["fields"] == wider.fields for r in rows)
+    assert len(read(path)["rows"]) == 6  # the old ones have left the file
+    # A system that is no longer compared goes, too.
+    monkeypatch.setattr(Copying, "compared", {"transformer": known["transformer"]})
+    assert toy.systems(open_results(toy, path, both, 1)) == ["transformer"]
 
 
 def test_a_seed_repeats_itself() -> None:

@@ -71,6 +71,7 @@ class BabiLong(Trained):
                 "write_threshold": 0.004,
                 "memory_half_lives": (10_000, 1e25),
                 "conv_size": 8,
+                "write_cost": WRITE_COST,
             },
         ),
         "rmt": System("RMT", {}),

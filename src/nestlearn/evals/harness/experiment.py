@@ -114,6 +114,10 @@ class Experiment(ABC):
     def tables(self, results: Results) -> list[Table]:
         """What was measured so far, beside the paper's numbers."""
 
+    def stale(self, row: dict[str, Any]) -> bool:
+        """Whether a row is of what the experiment no longer measures."""
+        return False
+
     def summary(self, row: dict[str, Any]) -> str:
         """A row in a few words, for the log."""
         return f"{row['seconds']:.0f} s"

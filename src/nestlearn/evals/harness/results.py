@@ -71,7 +71,7 @@ class Results:
         self.record: dict[str, Any] = {
             "question": question,
             **self._run,
-            "settings": _plain(settings),
+            "settings": plain(settings),
             "rows": [],
             "summary": {},
         }
@@ -105,14 +105,14 @@ class Results:
         """Put in (or replace) one cell and write the file."""
         self.record |= self._run
         run = {"command": self._run["command"], "machine": machine(self._run["hardware"])}
-        entry = {"cell": cell, **_plain(row), **run, "commit": self._run["commit"], "date": now()}
+        entry = {"cell": cell, **plain(row), **run, "commit": self._run["commit"], "date": now()}
         kept = [r for r in self.record["rows"] if r["cell"] != cell]
         self.record["rows"] = [*kept, entry]
         self.save()
 
     def summarise(self, summary: dict[str, Any]) -> None:
         """Set the summary and write the file."""
-        self.record["summary"] = _plain(summary)
+        self.record["summary"] = plain(summary)
         self.save()
 
     def save(self) -> None:
@@ -223,12 +223,12 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> 
     Console(width=max(130, Console().width)).print(out)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """JSON types only; NaN and infinities become strings, so that they are seen and valid."""
     if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
+        return [plain(v) for v in value]
     if isinstance(value, Path):
         return _relative(value)
     if isinstance(value, float) and not math.isfinite(value):

@@ -18,13 +18,23 @@ from nestlearn.evals.harness.results import Results, read
 from nestlearn.train.distributed import Distributed
 
 
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
 def open_results(
-    experiment: Experiment, path: Path, request: Request, threads: int, fresh: bool = False
+    experiment: Experiment,
+    path: Path,
+    request: Request,
+    threads: int,
+    fresh: bool = False,
+    report: Callable[[str], None] = _say,
 ) -> Results:
     """The result file of an experiment, continued if it is there.
 
     Results of one pre-trained model are not continued with another; where the request names none,
-    the file can only be read.
+    the file can only be read. Rows of what is no longer measured are left out, and leave the file
+    with the next cell.
     """
     plan = getattr(experiment, "plan", None)
     seeds = getattr(plan, "seeds", 1) if request.seeds is None else request.seeds
@@ -33,7 +43,7 @@ def open_results(
         settings["model"] = _model_name(request.model)
         if request.model is None and path.exists():
             settings["model"] = read(path).get("settings", {}).get("model")
-    return Results(
+    results = Results(
         path,
         experiment.question,
         settings,
@@ -41,6 +51,11 @@ def open_results(
         threads=threads,
         fresh=fresh,
     )
+    rows = results.record["rows"]
+    results.record["rows"] = [r for r in rows if not experiment.stale(r)]
+    if old := len(rows) - len(results.record["rows"]):
+        report(f"  {old} cells are of systems that have changed since: left out")
+    return results
 
 
 def run(
@@ -49,7 +64,7 @@ def run(
     request: Request,
     jobs: int = 1,
     threads: int = 1,
-    report: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True),
+    report: Callable[[str], None] = _say,
 ) -> int:
     """Measure what is missing; returns how many cells failed.
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from nestlearn.evals.harness.experiment import Experiment, Request, Scale
 from nestlearn.evals.harness.fitting import fit
-from nestlearn.evals.harness.results import Results
+from nestlearn.evals.harness.results import Results, plain
 from nestlearn.evals.harness.systems import SYSTEMS, Size, System, build
 from nestlearn.evals.harness.task import TRAIN, VALIDATION, Batch, Task, score
 from nestlearn.train.distributed import Distributed
@@ -85,11 +85,16 @@ class Trained(Experiment):
 
     def model(self, system: str, task: Task, plan: Plan) -> nn.Module:
         """A new model of a system: ``model(inputs, use_cache=False).logits`` are its answers."""
-        fields = {**plan.fields, **self.own_fields.get(system, {})}
+        fields = self.fields(system, plan)
         made: nn.Module = build(
             self.compared[system], plan.size, task.vocab_size, task.length, **fields
         )
         return made
+
+    def fields(self, system: str, plan: Plan) -> dict[str, Any]:
+        """What a system sets in `HopeConfig` here."""
+        own = self.own_fields.get(system, {})
+        return {**plan.fields, **own, **self.compared[system].fields}
 
     def settings(self) -> dict[str, Any]:
         """Everything but which systems and how many seeds, which may grow."""
@@ -99,6 +104,15 @@ class Trained(Experiment):
         return {**plan, "own": {k: dict(v) for k, v in self.own_fields.items()}}
 
     # -- cells --------------------------------------------------------------------------------
+
+    def stale(self, row: dict[str, Any]) -> bool:
+        """Whether a system has other fields now than it was measured with, or is not compared."""
+        if "system" not in row or "error" in row:
+            return False
+        if row["system"] not in self.compared:
+            return True
+        fields = self.fields(row["system"], self.plan_of(row["task"]))
+        return bool(row.get("fields") != plain(fields))
 
     def due(self, results: Results, request: Request) -> dict[str, dict[str, Any]]:
         """Tuning of every system and task first; each one's final runs once it is tuned."""
@@ -112,7 +126,8 @@ class Trained(Experiment):
         cells: dict[str, dict[str, Any]] = {}
         for task in tasks:
             for system in systems:
-                own = {"task": task, "system": system, "device": request.device}
+                fields = self.fields(system, self.plan_of(task))
+                own = {"task": task, "system": system, "fields": fields, "device": request.device}
                 open_ = {}
                 for setting in grid if len(grid) > 1 else ():
                     name = f"tune/{task}/{system}/{named(setting)}"
