@@ -199,32 +199,40 @@ def plot(results: Results, path: Path) -> None:
     for i, method in enumerate(m for m in GRIDS if m not in ("frozen", "in_context")):
         color = f"C{i}"
         tuned = [r for r in results.rows(method=method, tuning=True) if "error" not in r]
-        points = sorted((100 * (r["perplexity_unrelated"] / base - 1), r["cloze_log_prob"])
-                        for r in tuned)  # fmt: skip
-        if points:
-            first.plot(*zip(*points, strict=True), "o-", color=color, label=method)
-        for rule, mark, line in (
-            ("frugal", "D", "-."),
-            ("gentle", "s", ":"),
-            ("careful", "o", "-"),
-            ("recall", "^", "--"),
+        lines: dict[str, list[tuple[float, float]]] = {}  # one for settings that differ in the rate
+        for r in tuned:
+            rest = named({k: v for k, v in r["setting"].items() if k not in ("lr", "rank")})
+            rise = 100 * (r["perplexity_unrelated"] / base - 1)
+            lines.setdefault(rest, []).append((rise, r["cloze_log_prob"]))
+        for k, (rest, points) in enumerate(lines.items()):
+            label = method if len(lines) == 1 else f"{method}, {rest}"
+            first.plot(*zip(*sorted(points), strict=True), "os^"[k % 3] + "-", color=color,
+                       label=label)  # fmt: skip
+        rules: dict[str, list[str]] = {}  # setting -> those that choose it
+        for rule in RULES if tuned else ():
+            if rows := finals(results, method, rule):
+                rules.setdefault(named(rows[0]["setting"]), []).append(rule)
+        for which, (mark, line) in zip(
+            rules.values(), (("o", "-"), ("s", ":"), ("^", "--"), ("D", "-.")), strict=False
         ):
-            rows = finals(results, method, rule) if tuned else []
-            if rows:
-                left.scatter([r["perplexity_unrelated"] for r in rows],
-                             [r["cloze_accuracy"] for r in rows], color=color, marker=mark,
-                             label=f"{method}, {rule}")  # fmt: skip
-                curves = [r["forgetting_curve_nats"] for r in rows]
-                means = [statistics.fmean(c[k][1] for c in curves) for k in range(len(curves[0]))]
-                right.plot([p for p, _ in curves[0]], means, line, color=color,
-                           label=f"{method}, {rule}")  # fmt: skip
+            rows = finals(results, method, which[0])
+            label = f"{method}, {' and '.join(which)}"
+            left.scatter([r["perplexity_unrelated"] for r in rows],
+                         [r["cloze_accuracy"] for r in rows], color=color, marker=mark,
+                         label=label)  # fmt: skip
+            curves = [r["forgetting_curve_nats"] for r in rows]
+            means = [statistics.fmean(c[k][1] for c in curves) for k in range(len(curves[0]))]
+            right.plot([p for p, _ in curves[0]], means, line, color=color, label=label)
     first.set(xlabel="perplexity of unrelated text, % above the base model", xlim=(-5, 60),
               ylabel="cloze log-probability", title="tuning passages, every setting")  # fmt: skip
     left.set(xlabel="perplexity of unrelated text", ylabel="cloze accuracy", title="final passages")
     right.set(xlabel="passages read", ylabel="nats per token of the first tenth",
               title="forgetting curve")  # fmt: skip
-    for axes in (first, left, right):
-        axes.legend(fontsize=7)
+    left.set_xscale("log")
+    left.minorticks_off()
+    left.set_xticks((18, 20, 25, 30, 50, 100), ("18", "20", "25", "30", "50", "100"))
+    first.legend(fontsize=7)
+    right.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 
