@@ -65,9 +65,6 @@ def test_a_rule_takes_the_best_recall_that_its_damage_allows(
         "careful": {"lr": 1e-4, "ewc": 1e4},
         "recall": {"lr": 2e-4, "ewc": 1e5},
     }
-    results.record["rows"] = [
-        r for r in results.record["rows"] if r["cell"] != "tune/0.0001 100000"
-    ]
     rows = results.rows(method="ewc", tuning=True)
     results.record["rows"] = [r for r in rows if r.get("perplexity_unrelated", 0) > 101]
     results.add("f", BASE)
