@@ -53,6 +53,7 @@ GRIDS: dict[str, list[dict[str, Any]]] = {
 }
 SLOTS = 16_384  # about as many places as 100 passages have
 CURVE = 10  # points of the forgetting curve
+CHAT = ("chat_accuracy", "chat_log_prob")  # the questions, in the tokenizer's chat template
 
 
 def unrelated(tokenizer: Any, tokens: int) -> Tensor:
@@ -128,14 +129,18 @@ def run_cell(
     row: dict[str, Any] = {"method": method, "setting": setting, "seed": seed, "tuning": tuning}
     cloze = [(p, item) for p in passages for item in p.cloze]
     questions = [(p, item) for p in passages for item in p.questions]
+    opened = None
     if method == "in_context":
         cloze = [(p, (f"{p.document}\n\n{q}", a)) for p, (q, a) in cloze]
-        questions = [(p, (f"{p.document}\n\n{q}", a)) for p, (q, a) in questions]
+        opened = [p.document for p, _ in questions]
     found = task.cloze_scores(asked, tokenizer, [item for _, item in cloze])
     row |= {f"cloze_{k}": v for k, v in found.items()}
     if not tuning and plan.get("questions", True):
-        found = task.question_scores(asked, tokenizer, [item for _, item in questions])
-        row |= {f"questions_{k}": v for k, v in found.items()}
+        for form in ("questions", *(["chat"] if tokenizer.chat_template else [])):
+            found = task.question_scores(
+                asked, tokenizer, [q for _, q in questions], passages=opened, chat=form == "chat"
+            )
+            row |= {f"{form}_{k}": v for k, v in found.items()}
     row |= {
         "perplexity_unrelated": task.perplexity(asked, other),
         "perplexity_before": before,
@@ -178,8 +183,9 @@ def summarise(results: Results) -> dict[str, Any]:
             rows = finals(results, method, rule)
             if not rows:
                 continue
+            asked = [k for k in CHAT if all(k in r for r in rows)]  # older rows were not
             entry = summary[f"{method}, {rule}"] = {
-                k: statistics.fmean(r[k] for r in rows) for k in keys
+                k: statistics.fmean(r[k] for r in rows) for k in (*keys, *asked)
             }
             for k in ("cloze_accuracy", "perplexity_unrelated"):
                 entry[f"{k}_sd"] = statistics.stdev([r[k] for r in rows]) if len(rows) > 1 else 0.0
@@ -306,11 +312,12 @@ def main() -> None:
     results.summarise(summary)
     if summary:
         plot(results, out_path(args).with_suffix(".png"))
-        columns = ("method, rule", "cloze", "log-prob", "questions", "log-prob", "unrelated",
-                   "forgotten", "setting", "n")  # fmt: skip
+        columns = ("method, rule", "cloze", "log-prob", "questions", "log-prob", "as chat",
+                   "log-prob", "unrelated", "forgotten", "setting", "n")  # fmt: skip
         rows = [
             (m, s["cloze_accuracy"], s["cloze_log_prob"], s["questions_accuracy"],
-             s["questions_log_prob"], s["perplexity_unrelated"], s["forgotten_nats"],
+             s["questions_log_prob"], *(s.get(k, "") for k in CHAT),
+             s["perplexity_unrelated"], s["forgotten_nats"],
              named(s["setting"]), s["seeds"])
             for m, s in summary.items()
         ]  # fmt: skip

@@ -113,6 +113,21 @@ def test_question_scores(tokenizer: Any) -> None:
     assert found["accuracy"] == (0.5 if normalise(answer) else 0.0)
 
 
+def test_the_book_can_be_open_and_questions_asked_in_the_chat_template(tokenizer: Any) -> None:
+    model, items = tiny_model(), [("who?", "x"), ("what is it?", "yz")]
+    plain = ["P.\n\nQuestion: who?\nAnswer:", "Another.\n\nQuestion: what is it?\nAnswer:"]
+    found = question_scores(model, tokenizer, items, passages=["P.", "Another."])
+    by_hand = cloze_scores(model, tokenizer, [(plain[0], " x"), (plain[1], " yz")])
+    assert found["log_prob"] == pytest.approx(by_hand["log_prob"], rel=1e-5)
+    tokenizer.split_special_tokens = False
+    tokenizer.chat_template = "{{ bos_token }}<{{ messages[0]['content'] }}>"
+    asked = question_scores(model, tokenizer, items, chat=True)
+    # The template has the first token, which is not put before it once more.
+    turns = [f"<Question: {q}\nAnswer in a few words.>" for q, _ in items]
+    by_hand = cloze_scores(model, tokenizer, [(turns[0], "x"), (turns[1], "yz")])
+    assert asked["log_prob"] == pytest.approx(by_hand["log_prob"], rel=1e-5)
+
+
 def test_passages(tmp_path: Path) -> None:
     rows = [
         {

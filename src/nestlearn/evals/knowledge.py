@@ -5,7 +5,8 @@ Metrics, all on text that is not in the training stream as such or that must not
 - **cloze**: a sentence of a passage is cut before an answer; right if greedy decoding gives exactly
   the answer. It measures recall of what was written.
 - **questions**: the passage's own questions (never read); right if the answer is contained in a
-  short greedy answer, both normalised as SQuAD does.
+  short greedy answer, both normalised as SQuAD does. Asked as plain text, or in the form that a
+  model tuned for chat was trained with.
 - **log-probability** per token of both kinds of answers, which moves before accuracy does.
 - **perplexity** of unrelated text, and of passages read earlier (the forgetting curve).
 """
@@ -126,16 +127,31 @@ def question_scores(
     items: Sequence[tuple[str, str]],
     max_new_tokens: int = 24,
     batch: int = 32,
+    *,
+    passages: Sequence[str] | None = None,
+    chat: bool = False,
 ) -> dict[str, float]:
     """``accuracy`` (contained), token ``f1``, and ``log_prob`` of the answer after the question.
 
-    Questions are asked as ``Question: ... Answer:``, for every method alike.
+    Args:
+        model, tokenizer: what is asked.
+        items: questions and answers.
+        max_new_tokens, batch: of the greedy answers.
+        passages: what stands before each question (the book is open then).
+        chat: ask as a user of the tokenizer's chat template would, instead of as plain text
+            (``Question: ... Answer:``).
     """
-    prompts = [f"Question: {question}\nAnswer:" for question, _ in items]
+    before = [f"{passage}\n\n" for passage in passages] if passages else [""] * len(items)
+    prompts = [f"{b}Question: {question}" for b, (question, _) in zip(before, items, strict=True)]
+    if chat:
+        prompts = [_turn(tokenizer, f"{p}\nAnswer in a few words.") for p in prompts]
+    else:
+        prompts = [f"{p}\nAnswer:" for p in prompts]
     answers = greedy(model, tokenizer, prompts, max_new_tokens, batch, line=True)
     pairs = list(zip(answers, (answer for _, answer in items), strict=True))
+    begins = "" if chat else " "
     likely = cloze_scores(
-        model, tokenizer, [(p, " " + a) for p, (_, a) in zip(prompts, items, strict=True)]
+        model, tokenizer, [(p, begins + a) for p, (_, a) in zip(prompts, items, strict=True)]
     )
     return {
         "accuracy": sum(contains(given, right) for given, right in pairs) / len(pairs),
@@ -228,7 +244,15 @@ def normalise(text: str) -> str:
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
 
+def _turn(tokenizer: Any, text: str) -> str:
+    """A user's turn in the tokenizer's chat template, up to where the model answers."""
+    turn = [{"role": "user", "content": text}]
+    made: str = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+    return made
+
+
 def _ids(tokenizer: Any, text: str, begins: bool) -> list[int]:
     ids: list[int] = tokenizer(text, add_special_tokens=False).input_ids
-    start = begins and tokenizer.bos_token_id is not None
-    return [tokenizer.bos_token_id, *ids] if start else ids
+    first = tokenizer.bos_token_id
+    # A chat template writes it itself.
+    return [first, *ids] if begins and first is not None and ids[:1] != [first] else ids
