@@ -84,9 +84,16 @@ def test_learn_reads_pipes_and_data_sets(
     assert learn(base, memory, str(tmp_path / "rows.jsonl"), "--text-column", "body") == 0
     assert read_memory(memory).counts["documents"] == 2
     capsys.readouterr()
+    before = memory.read_bytes()
     assert learn(base, memory, str(tmp_path / "rows.jsonl")) == 1
-    assert "no column 'text'; there are: body" in capsys.readouterr().err
-    assert read_memory(memory).counts["documents"] == 2
+    err = capsys.readouterr().err
+    assert "no column 'text'; there are: body" in err
+    assert "saved" not in err and memory.read_bytes() == before  # nothing was learned
+    more = [{"text": TEXT}, {"body": TEXT}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in more))
+    assert learn(base, memory, str(tmp_path / "rows.jsonl")) == 1
+    assert "saved what was learned so far" in capsys.readouterr().err
+    assert read_memory(memory).counts["documents"] == 3
 
 
 def test_mistakes_get_one_line_and_lose_nothing(

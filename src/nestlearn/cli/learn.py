@@ -73,6 +73,7 @@ class Learn:
 
         learner = self._learner()
         before = self._held_out(learner, "before")
+        known = learner.memory.counts.get("tokens", 0)
         saved = time.monotonic()
         bar = _Bar()
 
@@ -94,7 +95,7 @@ class Learn:
                     stop=lambda: interrupt.requested,
                 )
             except BaseException:
-                if learner.memory.counts.get("tokens"):
+                if learner.memory.counts.get("tokens", 0) > known:
                     print(f"saved what was learned so far: {learner.save(self.memory, limit)}",
                           file=sys.stderr)  # fmt: skip
                 raise
