@@ -203,6 +203,8 @@ def test_memory_commands(base: str, book: str, tmp_path: Path, capsys: Any) -> N
     memory("prune", second, "--max-size", "40kB", "--out", out)
     assert out.stat().st_size <= 30_000
     assert "0 tokens" in memory("rollback", first)
+    compared = memory("diff", first, second)  # nothing is left in the first: no angle to it
+    assert "nan" not in compared and " - " in compared
     assert read_memory(first).is_empty
     assert "cannot roll back" in memory("rollback", first, status=1)
     out.write_bytes(b"broken")

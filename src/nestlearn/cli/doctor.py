@@ -84,11 +84,7 @@ def mixer_path(name: str) -> dict[str, str]:
     if name == "self_modifying":
         library, reason = native.load()
         if library is not None and not gpu:
-            return {
-                "path": "native",
-                "why": f"whole sequences in one C++ call ({reason}); with momentum or rule 'gd' "
-                "chunked: batched PyTorch operations",
-            }
+            return {"path": "native", "why": f"whole sequences in one C++ call ({reason})"}
         if not gpu:
             where += f"; not native: {reason}"
         return {

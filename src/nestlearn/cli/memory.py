@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -86,8 +87,8 @@ class Diff:
 
         table = Table("level", "norm of first", "norm of second", "distance", "cosine")
         for row in diff(read_memory(self.first), read_memory(self.second)):
-            table.add_row(row.level, *(f"{v:.4f}" for v in
-                          (row.first, row.second, row.distance, row.cosine)))  # fmt: skip
+            values = (row.first, row.second, row.distance, row.cosine)
+            table.add_row(row.level, *("-" if math.isnan(v) else f"{v:.4f}" for v in values))
         Console(highlight=False).print(table)
         return 0
 
