@@ -30,7 +30,7 @@ PERIODS: tuple[tuple[int, ...], ...] = (
     (64, 256, 1024, 4096),
 )
 BASE = 64  # the period that `lr` is meant for
-RATES = {"added": (0.2, 0.1), "placement": (5e-5, 2.5e-5)}
+RATES = {"added": (0.2, 0.1), "placement": (1e-4, 5e-5)}
 COLUMNS = ("cloze_accuracy", "cloze_log_prob", "perplexity_unrelated", "forgotten_nats")
 
 
@@ -50,6 +50,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--methods", nargs="*", choices=list(RATES), default=list(RATES))
     parser.add_argument("--rates", type=float, nargs="*", help="only these, of the grid")
+    names = {"-".join(map(str, periods)): periods for periods in PERIODS}
+    parser.add_argument("--periods", nargs="*", choices=list(names), default=list(names))
     parser.add_argument("--jobs", type=int, default=2, help="cells at a time, one thread each")
     args = parser.parse_args()
     passages, tokens = (4, 2048) if args.quick else (args.passages, 16_384)
@@ -65,14 +67,14 @@ def main() -> None:
     plan = {"repeats": args.repeats, "unrelated_tokens": tokens, "model_path": args.model,
             "passages": passages, "questions": False}  # fmt: skip
     cells = {
-        f"{'-'.join(map(str, periods))}/lr={lr:g}/seed{seed}": (
-            "nestlearn", setting(periods, lr, method), seed, False,
+        f"{name}/lr={lr:g}/seed{seed}": (
+            "nestlearn", setting(names[name], lr, method), seed, False,
         )
         for method in args.methods
         for lr in RATES[method]
         if not args.rates or lr in args.rates
         for seed in range(args.seeds)
-        for periods in PERIODS
+        for name in args.periods
     }  # fmt: skip
     run(results, cells, plan, args.jobs)
     summary: dict[str, Any] = {}
