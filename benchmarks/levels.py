@@ -1,18 +1,23 @@
 """Effect of levels: recall against forgetting with one to four levels, at an equal budget.
 
-A pre-trained model reads passages once in a stream, as in `knowledge.py`. A level of period C
-with Adam travels one learning rate every C tokens, so level l of L gets the rate
-``lr * C_l / (64 L)``: every level travels as far per token as every other one, and all of them
-together as far as a single level of period 64 would with ``lr``. What differs is only how the way
-is shared out between fast and slow levels. Two learning rates show recall and forgetting as a
-curve, not as a point. Added memories and the paper's placement (blocks shared out to levels by
-depth) are measured alike; rates of placement are fine-tuning's.
+A pre-trained model reads passages once in a stream, as in `knowledge.py`. What an equal budget is
+depends on how a slow level's step should grow with its period C, and both readings are measured:
+
+- `travel`: level l of L gets the rate ``lr * C_l / (64 L)``. With Adam a level travels one rate
+  every C tokens, so every level travels as far per token as every other one, and all of them
+  together as far as a single level of period 64 would with ``lr``.
+- `root`: ``lr * sqrt(C_l / 64) / L``, the usual rule for Adam when a batch grows: the mean of more
+  tokens is less noisy, but its step is of normalised size all the same.
+
+Added memories and the paper's placement (blocks shared out to levels by depth) are measured alike;
+rates of placement are fine-tuning's.
 
     python benchmarks/levels.py --model FOLDER            # everything (resumes)
 """
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from pathlib import Path
 from typing import Any
@@ -30,13 +35,14 @@ PERIODS: tuple[tuple[int, ...], ...] = (
     (64, 256, 1024, 4096),
 )
 BASE = 64  # the period that `lr` is meant for
+BUDGETS = {"travel": 1.0, "root": 0.5}  # how the rate grows with the period
 RATES = {"added": (0.2, 0.1), "placement": (1e-4, 5e-5)}
 COLUMNS = ("cloze_accuracy", "cloze_log_prob", "perplexity_unrelated", "forgotten_nats")
 
 
-def setting(periods: tuple[int, ...], lr: float, method: str) -> dict[str, Any]:
+def setting(periods: tuple[int, ...], lr: float, method: str, budget: str) -> dict[str, Any]:
     """What `knowledge.run_cell` needs: a learning-rate scale per level, see above."""
-    scales = [p / (BASE * len(periods)) for p in periods]
+    scales = [(p / BASE) ** BUDGETS[budget] / len(periods) for p in periods]
     kind = {} if method == "added" else {"method": method}
     return {"lr": lr, "periods": list(periods), "scales": scales} | kind
 
@@ -50,6 +56,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--methods", nargs="*", choices=list(RATES), default=list(RATES))
     parser.add_argument("--rates", type=float, nargs="*", help="only these, of the grid")
+    parser.add_argument("--budgets", nargs="*", choices=list(BUDGETS), default=list(BUDGETS))
     names = {"-".join(map(str, periods)): periods for periods in PERIODS}
     parser.add_argument("--periods", nargs="*", choices=list(names), default=list(names))
     parser.add_argument("--jobs", type=int, default=2, help="cells at a time, one thread each")
@@ -67,33 +74,41 @@ def main() -> None:
     plan = {"repeats": args.repeats, "unrelated_tokens": tokens, "model_path": args.model,
             "passages": passages, "questions": False}  # fmt: skip
     cells = {
-        f"{name}/lr={lr:g}/seed{seed}": (
-            "nestlearn", setting(names[name], lr, method), seed, False,
+        f"{name}/lr={lr:g}/{'' if budget == 'travel' else f'{budget}/'}seed{seed}": (
+            "nestlearn", setting(names[name], lr, method, budget), seed, False,
         )
+        for budget in args.budgets
         for method in args.methods
         for lr in RATES[method]
         if not args.rates or lr in args.rates
         for seed in range(args.seeds)
         for name in args.periods
+        if budget == "travel" or names[name] != (BASE,)  # the same there
     }  # fmt: skip
     run(results, cells, plan, args.jobs)
     summary: dict[str, Any] = {}
-    for method, lr, periods in (
-        (method, lr, p) for method, rates in RATES.items() for lr in rates for p in PERIODS
-    ):
-        name = f"{method}, {'-'.join(map(str, periods))}, lr {lr:g}"
-        chosen = setting(periods, lr, method)
-        rows = [r for r in results.rows(setting=chosen) if "error" not in r]
+    every = itertools.product(
+        BUDGETS, ((m, lr) for m, rates in RATES.items() for lr in rates), PERIODS
+    )
+    for budget, (method, lr), periods in every:
+        if budget != "travel" and periods == (BASE,):
+            continue
+        rows = results.rows(setting=setting(periods, lr, method, budget))
+        rows = [r for r in rows if "error" not in r]
         if rows:
+            name = f"{method}, {budget}, {'-'.join(map(str, periods))}, lr {lr:g}"
             summary[name] = {k: statistics.fmean(r[k] for r in rows) for k in COLUMNS}
             values = [r["cloze_log_prob"] for r in rows]
             summary[name]["log_prob_sd"] = statistics.stdev(values) if len(rows) > 1 else 0.0
+            summary[name]["at_the_end"] = statistics.fmean(
+                r["forgetting_curve_nats"][-1][1] for r in rows
+            )
             summary[name]["seeds"] = len(rows)
     results.summarise(summary)
     table(
         "Levels at an equal budget",
-        ("periods", "cloze", "log-prob", "unrelated", "forgotten", "n"),
-        [(n, *(s[k] for k in COLUMNS), s["seeds"]) for n, s in summary.items()],
+        ("periods", "cloze", "log-prob", "unrelated", "forgotten", "at the end", "n"),
+        [(n, *(s[k] for k in (*COLUMNS, "at_the_end", "seeds"))) for n, s in summary.items()],
     )
 
 
