@@ -46,12 +46,14 @@ GRIDS: dict[str, list[dict[str, Any]]] = {
     "ewc": [*grid(ALL_WEIGHTS[:2], ewc=1e4), *grid(ALL_WEIGHTS[1:3], ewc=1e5)],
     "replay": grid(ALL_WEIGHTS[:3], replay=0.5),
     "nestlearn": grid(MEMORIES),
+    "nestlearn_sentences": grid((0.05, *MEMORIES[:3]), sentences=True),
+    "naive_sentences": grid((2.5e-5, *ALL_WEIGHTS[:3]), sentences=True),
     "nestlearn_1_level": grid(MEMORIES, periods=(64,)),
     "placement": grid(ALL_WEIGHTS, method="placement"),
     "frozen": [{}],
     "in_context": [{}],
 }
-SLOTS = 16_384  # about as many places as 100 passages have
+SLOTS = 16_384  # about as many places as 100 passages have; twice that with their sentences
 CURVE = 10  # points of the forgetting curve
 CHAT = ("chat_accuracy", "chat_log_prob")  # the questions, in the tokenizer's chat template
 
@@ -71,6 +73,7 @@ def teacher(
 ) -> Any:
     """(model to ask, function that reads a document)."""
     import nestlearn as nl
+    from nestlearn.adaptation.documents import sentences_of
     from nestlearn.adaptation.keys import generate_text
     from nestlearn.evals.methods import FineTuning
 
@@ -81,14 +84,22 @@ def teacher(
         scales = setting.get("scales", [1.0] * len(periods))
         levels = [nl.Level(period=p, lr_scale=s) for p, s in zip(periods, scales, strict=True)]
         kind = setting.get("method", "added")
-        nl.adapt(model, levels, method=kind, slots=SLOTS, seed=seed)
-        learner = nl.Learner(model, tokenizer, lr=setting["lr"], repeats=repeats, snapshots=0)
+        sentences = setting.get("sentences", False)
+        nl.adapt(model, levels, method=kind, slots=SLOTS * (1 + sentences), seed=seed)
+        learner = nl.Learner(
+            model, tokenizer, lr=setting["lr"], repeats=repeats, sentences=sentences, snapshots=0
+        )
         return model, learner.learn
-    given = {"lora" if k == "rank" else k: v for k, v in setting.items()}
+    given = {"lora" if k == "rank" else k: v for k, v in setting.items() if k != "sentences"}
     if "ewc" in given:
         given["anchor"] = generate_text(model, seed=seed)
     taught = FineTuning(model, tokenizer, repeats=repeats, seed=seed, **given)
-    return taught.model, taught.learn
+
+    def with_sentences(text: str) -> None:
+        for one in (text, *sentences_of(text)):
+            taught.learn(one)
+
+    return taught.model, with_sentences if setting.get("sentences") else taught.learn
 
 
 def run_cell(

@@ -13,7 +13,8 @@ from torch import Tensor
 
 import nestlearn as nl
 from nestlearn.adaptation import adaptation_of
-from nestlearn.adaptation.reader import segments
+from nestlearn.adaptation.documents import sentences_of
+from nestlearn.adaptation.reader import segments, with_sentences
 from tests.adaptation.conftest import OTHER, TEXT, learner_of, logits, tiny_model
 
 
@@ -50,6 +51,38 @@ def test_segments_predict_every_token_once() -> None:
     found = [(s.ids, bool(s.begun)) for s in segments(pieces(), 4)]
     assert found == [
         ([1, 2, 3, 4, 5], True), ([5, 6, 7, 8, 9], False), ([10], True), ([11, 12], True),
+    ]  # fmt: skip
+
+
+def test_sentences_are_read_again_on_their_own(tokenizer: Any) -> None:
+    """The same as reading the document and then its sentences, but counted once."""
+    first = "The lighthouse of Ostrava Bay has a red lamp."
+    second = "It was built by Irma Quell in 1893."
+    text = f"{first} {second}"
+    assert sentences_of(text) == [first, second] and sentences_of(first) == []
+    learner, by_hand, plain = (
+        learner_of(tokenizer, sentences=True), learner_of(tokenizer), learner_of(tokenizer)
+    )  # fmt: skip
+    done, once = learner.learn([text, first]), plain.learn([text, first])
+    by_hand.learn([text, first, second, first])
+    for name in ("every 8", "every 32"):
+        for target, tensor in by_hand.memory.changes[name].items():
+            assert torch.equal(learner.memory.changes[name][target], tensor)
+    assert (done.documents, done.tokens) == (2, once.tokens) == (2, len(text) + len(first))
+    assert learner.memory.counts == plain.memory.counts
+    assert sum(done.updates.values()) > sum(once.updates.values())
+    # Evaluation reads a text once.
+    assert learner.evaluate(text)["tokens"] == len(text)
+
+
+def test_a_document_in_pieces_is_counted_once_with_its_sentences(tokenizer: Any) -> None:
+    pieces = [("A sentence that is long enough. Another one that is, too.", False), ("end", True)]
+    found = list(with_sentences(pieces, tokenizer, 1000))
+    assert [(s.begun, s.fresh, s.again) for s in found] == [
+        (1, True, False), (0, True, True), (0, True, True), (0, True, False),
+    ]  # fmt: skip
+    assert [bytes(s.ids[1:]).decode() for s in found[1:]] == [
+        "A sentence that is long enough.", "Another one that is, too.", "end",
     ]  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -12,6 +13,8 @@ from nestlearn.sources import Notify, find_sources, read_documents
 
 PIECE = 1 << 16  # characters tokenised at once
 _BREAKS = ("\n", " ")
+_END = re.compile(r"""(?:(?<=[.!?])|(?<=[.!?]["'”’)]))\s+(?![a-z])|(?<=[。！？])|\n\s*""")
+SHORTEST = 30  # characters of a sentence; a shorter one goes with what follows
 
 Documents = str | Path | Mapping[str, Any] | Iterable[Any]
 
@@ -77,6 +80,23 @@ def token_pieces(
             ids = [tokenizer.bos_token_id, *ids]
         yield ids, begins, ends
         begins = ends
+
+
+def sentences_of(text: str) -> list[str]:
+    """Sentences and lines of a text, in order; none if it is only one.
+
+    Example:
+        >>> sentences_of("The lamp was lit by Irma Quell in 1893. It was red. Nobody knows why.")
+        ['The lamp was lit by Irma Quell in 1893.', 'It was red. Nobody knows why.']
+    """
+    found, start = [], 0
+    for end in _END.finditer(text):
+        if end.start() - start >= SHORTEST:
+            found.append(text[start : end.start()].strip())
+            start = end.end()
+    found.append(text[start:].strip())
+    found = [sentence for sentence in found if sentence]
+    return found if len(found) > 1 else []
 
 
 def _cut(text: str) -> Iterator[tuple[str, bool]]:

@@ -63,6 +63,9 @@ class Learner:
             (of placement), ``"sgd"``, a factory like ``torch.optim.AdamW``, or a mapping from level
             names (and ``"*"``) to these.
         repeats: gradient steps on each segment. Clocks count a token as often as it is learned.
+        sentences: after a document, read each of its sentences once more with nothing before it.
+            What was read is then found more often where a prompt begins without the text around
+            it, in twice the time and slots (docs/results.md). Examples are read once.
         clip: largest norm of a segment's gradient.
         batch: examples learned together.
         context: tokens a segment sees at most, itself included (default: 1,024, or the model's
@@ -87,6 +90,7 @@ class Learner:
         lr: float | None = None,
         optimizer: str | InnerFactory | Mapping[str, str | InnerFactory] | None = None,
         repeats: int = 4,
+        sentences: bool = False,
         clip: float = 1.0,
         batch: int = 16,
         context: int | None = None,
@@ -105,7 +109,7 @@ class Learner:
             if not isinstance(count, int) or count < least:
                 raise ValueError(f"{name} must be {least} or more, got {count!r}")
         self.lr, self.repeats, self.clip, self.keep = lr, repeats, clip, snapshots
-        self.batch = batch
+        self.batch, self.sentences = batch, sentences
         self._factory = factories(usual[1] if optimizer is None else optimizer)
         self.segment = min(lv.period for lv in self.levels if lv.period != NEVER)
         self.limit = limit_of(model)
@@ -222,14 +226,15 @@ class Learner:
             exact = self._handle.readout.watching()
         try:
             with reading(self.model), exact:
-                for item in self._work(documents, text_column, self.segment):
+                for item in self._work(documents, text_column, self.segment, self.sentences):
                     if stop():
                         done.stopped = True
                         break
                     begun = item.begun
                     done.documents += begun
                     self._count("documents", begun)
-                    if begun and not isinstance(item, Batch):
+                    again = isinstance(item, Segment) and item.again
+                    if isinstance(item, Segment) and item.fresh:
                         reader.begin()
                     tokens = item.tokens
                     if not tokens:
@@ -239,10 +244,11 @@ class Learner:
                         done.skipped += 1
                         self._count("skipped", 1)
                         continue
-                    total += loss * tokens
-                    done.tokens += tokens
-                    self._count("tokens", tokens)
-                    done.loss = total / done.tokens
+                    if not again:
+                        total += loss * tokens
+                        done.tokens += tokens
+                        self._count("tokens", tokens)
+                        done.loss = total / done.tokens
                     done.seconds = time.perf_counter() - began
                     levels = self._weights.optimizer.levels
                     done.updates = {n: lv.updates - before[n] for n, lv in levels.items()}
@@ -279,7 +285,7 @@ class Learner:
                 if isinstance(item, Batch):
                     loss = completion_loss(self.model, item.to(self.device))
                 else:
-                    if item.begun:
+                    if item.fresh:
                         reader.begin()
                     row = item.row(self.device)
                     loss, cache = reader.loss(row)
@@ -291,9 +297,11 @@ class Learner:
         mean = total / tokens
         return {"tokens": tokens, "loss": mean, "perplexity": math.exp(min(mean, 700))}
 
-    def _work(self, documents: Documents, text_column: str, length: int) -> Any:
+    def _work(
+        self, documents: Documents, text_column: str, length: int, sentences: bool = False
+    ) -> Any:
         found = documents_of(documents, text_column)
-        return work(found, self.tokenizer, length, self.batch, self.context)
+        return work(found, self.tokenizer, length, self.batch, self.context, sentences)
 
     def _learn(self, reader: Reader, item: Segment | Batch) -> float | None:
         """Learn a segment or batch; its loss when first read, None if not finite."""
@@ -320,6 +328,8 @@ class Learner:
             return None
         if not isinstance(item, Batch):
             reader.keep(cache, row)
+            if item.again:
+                return first
         self._observe(first, item.tokens)
         return first
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nestlearn.adaptation.documents import token_pieces
+from nestlearn.adaptation.documents import sentences_of, token_pieces
 from nestlearn.adaptation.examples import Batch, Example, batches
 
 
@@ -92,10 +92,14 @@ class Segment:
     Attributes:
         ids: its tokens, after the one before.
         begun: 1 if a document begins, else 0.
+        fresh: whether it is read with nothing before it.
+        again: whether it was read before, as part of its document.
     """
 
     ids: list[int]
     begun: int
+    fresh: bool
+    again: bool = False
 
     @property
     def tokens(self) -> int:
@@ -117,14 +121,35 @@ def work(
     length: int,
     batch: int,
     context: int,
+    sentences: bool = False,
 ) -> Iterator[Segment | Batch]:
-    """Documents as segments of ``length`` tokens and examples as batches, in order."""
+    """Documents as segments of ``length`` tokens and examples as batches, in order; with
+    ``sentences`` each sentence once more, see `with_sentences`."""
     for examples, group in itertools.groupby(documents, lambda d: isinstance(d[0], Example)):
         found: Any = group
         if examples:
             yield from batches((example for example, _ in found), tokenizer, batch, context)
+        elif sentences:
+            yield from with_sentences(found, tokenizer, length)
         else:
             yield from segments(token_pieces(found, tokenizer), length)
+
+
+def with_sentences(
+    pieces: Iterable[tuple[str, bool]], tokenizer: Any, length: int
+) -> Iterator[Segment]:
+    """Segments of every piece, and then of each of its sentences with nothing before it.
+
+    A document of several pieces is read anew with each.
+    """
+    begins = True
+    for text, ends in pieces:
+        for segment in segments(token_pieces([(text, True)], tokenizer), length):
+            yield segment if begins else dataclasses.replace(segment, begun=0)
+        for sentence in sentences_of(text):
+            for segment in segments(token_pieces([(sentence, True)], tokenizer), length):
+                yield dataclasses.replace(segment, begun=0, again=True)
+        begins = ends
 
 
 def segments(pieces: Iterator[tuple[list[int], bool, bool]], length: int) -> Iterator[Segment]:
@@ -140,8 +165,8 @@ def segments(pieces: Iterator[tuple[list[int], bool, bool]], length: int) -> Ite
         held += ids
         place = 0
         while len(held) - place > length:
-            yield Segment(held[place : place + length + 1], int(fresh))
+            yield Segment(held[place : place + length + 1], int(fresh), fresh)
             place, fresh = place + length, False
         held = held[place:]
         if ends and (len(held) > 1 or fresh):
-            yield Segment(held, int(fresh))
+            yield Segment(held, int(fresh), fresh)

@@ -45,6 +45,8 @@ class Learn:
     """Learning rate (default: 0.2 for added memories, 1e-4 for placement)."""
     repeats: int = 4
     """Gradient steps on each segment: more keeps more of what is read, and takes longer."""
+    sentences: bool = False
+    """Read each sentence once more on its own: much more comes back, in twice the time."""
     optimizer: Literal["rowadam", "adamw", "sgd"] | None = None
     """Of every level (default: rowadam for added memories, adamw for placement)."""
     context: int | None = None
@@ -115,7 +117,8 @@ class Learn:
             self.model, self.memory, self.dtype, self.device,
             {"periods": self.levels, "method": self.method, "rank": self.rank,
              "slots": self.slots, "frozen": self.frozen},
-            lr=self.lr, optimizer=self.optimizer, repeats=self.repeats, context=self.context,
+            lr=self.lr, optimizer=self.optimizer, repeats=self.repeats, sentences=self.sentences,
+            context=self.context,
         )  # fmt: skip
 
     def _held_out(self, learner: Learner, when: str) -> float | None:
