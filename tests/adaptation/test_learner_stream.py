@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import nestlearn as nl
-from nestlearn.adaptation import adaptation_of
+from nestlearn.adaptation import adaptation_of, reader
 from nestlearn.adaptation.documents import sentences_of
-from nestlearn.adaptation.reader import segments, with_sentences
+from nestlearn.adaptation.reader import Reader, segments, with_sentences
 from tests.adaptation.conftest import OTHER, TEXT, learner_of, logits, tiny_model
 
 
@@ -54,8 +54,9 @@ def test_segments_predict_every_token_once() -> None:
     ]  # fmt: skip
 
 
-def test_sentences_are_read_again_on_their_own(tokenizer: Any) -> None:
-    """The same as reading the document and then its sentences, but counted once."""
+def test_sentences_are_read_again_on_their_own(tokenizer: Any, monkeypatch: Any) -> None:
+    """But for the lead the same as reading the document and then its sentences, counted once."""
+    monkeypatch.setattr(reader, "LEAD", 0)
     first = "The lighthouse of Ostrava Bay has a red lamp."
     second = "It was built by Irma Quell in 1893."
     text = f"{first} {second}"
@@ -84,6 +85,38 @@ def test_a_document_in_pieces_is_counted_once_with_its_sentences(tokenizer: Any)
     assert [bytes(s.ids[1:]).decode() for s in found[1:]] == [
         "A sentence that is long enough.", "Another one that is, too.", "end",
     ]  # fmt: skip
+
+
+def test_how_a_lone_sentence_begins_is_not_learned(tokenizer: Any) -> None:
+    text = "A sentence that is long enough. Another one that is, too."
+    found = list(with_sentences([(text, True)], tokenizer, 16))
+    assert [s.lead for s in found if s.fresh] == [0, reader.LEAD, reader.LEAD]
+    again = [s for s in found if s.again]
+    assert sum(s.tokens for s in again) == len(text) - 1 - 2 * reader.LEAD
+    model = tiny_model()
+    row = again[0].row(torch.device("cpu"))
+    loss, _ = Reader(model, 64).loss(row, again[0].lead)
+    chances = model(row[:, :-1]).logits[0].log_softmax(-1)
+    right = chances[torch.arange(16), row[0, 1:]]
+    assert loss.item() == pytest.approx(-right[reader.LEAD :].mean().item(), rel=1e-5)
+    states, tokens = again[0].pick([torch.arange(16.0)[None, :, None]])
+    assert states[0][:, 0].tolist() == list(range(5, 16)) and torch.equal(tokens, row[0, 6:])
+
+
+def test_sentences_of_texts_of_many_kinds() -> None:
+    quoted = 'He said "it is over now, my dear friend." Then he left the building for ever.'
+    assert sentences_of(quoted) == [quoted[:41], quoted[42:]]
+    assert sentences_of("A title\nThe U.S. economy, e.g. cars, is large and is growing.") == [
+        "The U.S. economy, e.g. cars, is large and is growing."
+    ]
+    assert sentences_of(
+        "短い。" + "とても長い文なのでそれだけで読まれることになりますよ。" * 2
+    ) == [
+        "短い。とても長い文なのでそれだけで読まれることになりますよ。",
+        "とても長い文なのでそれだけで読まれることになりますよ。",
+    ]
+    for nothing in ("", " " * 70_000, ". " * 30_000, "one sentence that is all there is"):
+        assert len(sentences_of(nothing)) == (2_307 if nothing.startswith(".") else 0)
 
 
 def test_long_documents_slide_through_the_context(tokenizer: Any) -> None:

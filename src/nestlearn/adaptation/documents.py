@@ -13,8 +13,8 @@ from nestlearn.sources import Notify, find_sources, read_documents
 
 PIECE = 1 << 16  # characters tokenised at once
 _BREAKS = ("\n", " ")
-_END = re.compile(r"""(?:(?<=[.!?])|(?<=[.!?]["'”’)]))\s+(?![a-z])|(?<=[。！？])|\n\s*""")
-SHORTEST = 30  # characters of a sentence; a shorter one goes with what follows
+_END = re.compile(r"""(?:(?<=[.!?])|(?<=[.!?]["'”’)]))\s+(?![a-z])|(?<=[。！？])""")
+SHORTEST = 25  # characters of a sentence
 
 Documents = str | Path | Mapping[str, Any] | Iterable[Any]
 
@@ -83,20 +83,24 @@ def token_pieces(
 
 
 def sentences_of(text: str) -> list[str]:
-    """Sentences and lines of a text, in order; none if it is only one.
+    """Sentences of a text, line by line; none if it is only one.
+
+    A short sentence goes with the next of its line; what is short at a line's end, such as a
+    title, is left out.
 
     Example:
-        >>> sentences_of("The lamp was lit by Irma Quell in 1893. It was red. Nobody knows why.")
-        ['The lamp was lit by Irma Quell in 1893.', 'It was red. Nobody knows why.']
+        >>> text = "Ostrava\\nIrma Quell lit the lamp there in 1893. It was red. Nobody knows why."
+        >>> sentences_of(text)
+        ['Irma Quell lit the lamp there in 1893.', 'It was red. Nobody knows why.']
     """
-    found, start = [], 0
-    for end in _END.finditer(text):
-        if end.start() - start >= SHORTEST:
-            found.append(text[start : end.start()].strip())
-            start = end.end()
-    found.append(text[start:].strip())
-    found = [sentence for sentence in found if sentence]
-    return found if len(found) > 1 else []
+    found = []
+    for line in map(str.strip, text.splitlines()):
+        start = 0
+        for begin, end in (*(m.span() for m in _END.finditer(line)), (len(line), len(line))):
+            if begin - start >= SHORTEST:
+                found.append(line[start:begin])
+                start = end
+    return found if found != [text.strip()] else []
 
 
 def _cut(text: str) -> Iterator[tuple[str, bool]]:

@@ -316,7 +316,7 @@ class Learner:
 
             def compute() -> Tensor:
                 nonlocal cache
-                loss, cache = reader.loss(row)
+                loss, cache = reader.loss(row, item.lead)
                 cache = self._lower.complete(cache)
                 return loss
 

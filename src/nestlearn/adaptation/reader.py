@@ -16,6 +16,10 @@ from torch import Tensor, nn
 from nestlearn.adaptation.documents import sentences_of, token_pieces
 from nestlearn.adaptation.examples import Batch, Example, batches
 
+LEAD = 5
+"""Tokens at the beginning of a sentence that are not learned where it stands alone: many others
+could begin so."""
+
 
 @contextlib.contextmanager
 def reading(model: nn.Module) -> Iterator[None]:
@@ -42,13 +46,14 @@ class Reader:
         self.tail: Tensor | None = None
         self.length = 0
 
-    def loss(self, ids: Tensor) -> tuple[Tensor, Any]:
-        """Mean next-token loss of ``ids (1, n + 1)``, and the cache with its first n tokens."""
+    def loss(self, ids: Tensor, lead: int = 0) -> tuple[Tensor, Any]:
+        """Mean next-token loss of ``ids (1, n + 1)``, of its first ``lead`` predictions none, and
+        the cache with its first n tokens."""
         count = ids.shape[1] - 1
         if self.length + count > self.context:
             self._shorten(self.context // 2)
         out = self.model(input_ids=ids[:, :-1], past_key_values=_fork(self.cache), use_cache=True)
-        loss = F.cross_entropy(out.logits[0].float(), ids[0, 1:])
+        loss = F.cross_entropy(out.logits[0, lead:].float(), ids[0, 1 + lead :])
         return loss, out.past_key_values
 
     def keep(self, cache: Any, ids: Tensor) -> None:
@@ -94,17 +99,19 @@ class Segment:
         begun: 1 if a document begins, else 0.
         fresh: whether it is read with nothing before it.
         again: whether it was read before, as part of its document.
+        lead: how many of its first predictions are not learned.
     """
 
     ids: list[int]
     begun: int
     fresh: bool
     again: bool = False
+    lead: int = 0
 
     @property
     def tokens(self) -> int:
-        """How many tokens are predicted."""
-        return max(0, len(self.ids) - 1)
+        """How many tokens are learned."""
+        return max(0, len(self.ids) - 1 - self.lead)
 
     def row(self, device: torch.device) -> Tensor:
         """Tokens ``(1, n + 1)``."""
@@ -112,7 +119,7 @@ class Segment:
 
     def pick(self, parts: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
         """Of states ``(1, n, D)``: those that predict a token, ``(n, D)``, and the tokens."""
-        return [p[0] for p in parts], torch.tensor(self.ids[1:])
+        return [p[0, self.lead :] for p in parts], torch.tensor(self.ids[1 + self.lead :])
 
 
 def work(
@@ -148,7 +155,8 @@ def with_sentences(
             yield segment if begins else dataclasses.replace(segment, begun=0)
         for sentence in sentences_of(text):
             for segment in segments(token_pieces([(sentence, True)], tokenizer), length):
-                yield dataclasses.replace(segment, begun=0, again=True)
+                lead = LEAD if segment.fresh else 0
+                yield dataclasses.replace(segment, begun=0, again=True, lead=lead)
         begins = ends
 
 
