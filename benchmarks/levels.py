@@ -40,11 +40,26 @@ RATES = {"added": (0.2, 0.1), "placement": (1e-4, 5e-5)}
 COLUMNS = ("cloze_accuracy", "cloze_log_prob", "perplexity_unrelated", "forgotten_nats")
 
 
+def named(periods: tuple[int, ...]) -> str:
+    """Periods as one word."""
+    return "-".join(map(str, periods))
+
+
 def setting(periods: tuple[int, ...], lr: float, method: str, budget: str) -> dict[str, Any]:
     """What `knowledge.run_cell` needs: a learning-rate scale per level, see above."""
     scales = [(p / BASE) ** BUDGETS[budget] / len(periods) for p in periods]
     kind = {} if method == "added" else {"method": method}
     return {"lr": lr, "periods": list(periods), "scales": scales} | kind
+
+
+def compared() -> list[tuple[str, str, float, tuple[int, ...]]]:
+    """Budget, method, rate and periods of all that is compared: budgets agree at `BASE` alone."""
+    rates = [(method, lr) for method, rates in RATES.items() for lr in rates]
+    return [
+        (budget, method, lr, periods)
+        for budget, (method, lr), periods in itertools.product(BUDGETS, rates, PERIODS)
+        if budget == "travel" or periods != (BASE,)
+    ]
 
 
 def main() -> None:
@@ -57,8 +72,8 @@ def main() -> None:
     parser.add_argument("--methods", nargs="*", choices=list(RATES), default=list(RATES))
     parser.add_argument("--rates", type=float, nargs="*", help="only these, of the grid")
     parser.add_argument("--budgets", nargs="*", choices=list(BUDGETS), default=list(BUDGETS))
-    names = {"-".join(map(str, periods)): periods for periods in PERIODS}
-    parser.add_argument("--periods", nargs="*", choices=list(names), default=list(names))
+    sets = [named(periods) for periods in PERIODS]
+    parser.add_argument("--periods", nargs="*", choices=sets, default=sets)
     parser.add_argument("--jobs", type=int, default=2, help="cells at a time, one thread each")
     args = parser.parse_args()
     passages, tokens = (4, 2048) if args.quick else (args.passages, 16_384)
@@ -74,29 +89,23 @@ def main() -> None:
     plan = {"repeats": args.repeats, "unrelated_tokens": tokens, "model_path": args.model,
             "passages": passages, "questions": False}  # fmt: skip
     cells = {
-        f"{name}/lr={lr:g}/{'' if budget == 'travel' else f'{budget}/'}seed{seed}": (
-            "nestlearn", setting(names[name], lr, method, budget), seed, False,
+        f"{named(periods)}/lr={lr:g}/{'' if budget == 'travel' else f'{budget}/'}seed{seed}": (
+            "nestlearn", setting(periods, lr, method, budget), seed, False,
         )
-        for budget in args.budgets
-        for method in args.methods
-        for lr in RATES[method]
-        if not args.rates or lr in args.rates
         for seed in range(args.seeds)
-        for name in args.periods
-        if budget == "travel" or names[name] != (BASE,)  # the same there
+        for budget, method, lr, periods in compared()
+        if budget in args.budgets
+        and method in args.methods
+        and (not args.rates or lr in args.rates)
+        and named(periods) in args.periods
     }  # fmt: skip
     run(results, cells, plan, args.jobs)
     summary: dict[str, Any] = {}
-    every = itertools.product(
-        BUDGETS, ((m, lr) for m, rates in RATES.items() for lr in rates), PERIODS
-    )
-    for budget, (method, lr), periods in every:
-        if budget != "travel" and periods == (BASE,):
-            continue
+    for budget, method, lr, periods in compared():
         rows = results.rows(setting=setting(periods, lr, method, budget))
         rows = [r for r in rows if "error" not in r]
         if rows:
-            name = f"{method}, {budget}, {'-'.join(map(str, periods))}, lr {lr:g}"
+            name = f"{method}, {budget}, {named(periods)}, lr {lr:g}"
             summary[name] = {k: statistics.fmean(r[k] for r in rows) for k in COLUMNS}
             values = [r["cloze_log_prob"] for r in rows]
             summary[name]["log_prob_sd"] = statistics.stdev(values) if len(rows) > 1 else 0.0

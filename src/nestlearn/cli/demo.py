@@ -146,10 +146,11 @@ def answers(learner: Any) -> dict[str, Any]:
 
 def _asked(tokenizer: Any, question: str) -> str:
     """A question as the model expects it."""
+    from nestlearn.evals.knowledge import user_turn
+
     if not getattr(tokenizer, "chat_template", None):
         return f"Question: {question}\nAnswer:"
-    turn = [{"role": "user", "content": question}]
-    return tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+    return user_turn(tokenizer, question)
 
 
 def _first_sentence(text: str) -> str:

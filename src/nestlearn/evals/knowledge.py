@@ -144,7 +144,7 @@ def question_scores(
     before = [f"{passage}\n\n" for passage in passages] if passages else [""] * len(items)
     prompts = [f"{b}Question: {question}" for b, (question, _) in zip(before, items, strict=True)]
     if chat:
-        prompts = [_turn(tokenizer, f"{p}\nAnswer in a few words.") for p in prompts]
+        prompts = [user_turn(tokenizer, f"{p}\nAnswer in a few words.") for p in prompts]
     else:
         prompts = [f"{p}\nAnswer:" for p in prompts]
     answers = greedy(model, tokenizer, prompts, max_new_tokens, batch, line=True)
@@ -244,7 +244,7 @@ def normalise(text: str) -> str:
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
 
-def _turn(tokenizer: Any, text: str) -> str:
+def user_turn(tokenizer: Any, text: str) -> str:
     """A user's turn in the tokenizer's chat template, up to where the model answers."""
     turn = [{"role": "user", "content": text}]
     made: str = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
