@@ -66,31 +66,51 @@ def test_they_are_linear_discriminants(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(found.log_probabilities(new).double(), right, rtol=1e-3, atol=1e-3)
 
 
-def test_what_words_say_leaves_out_their_own_examples() -> None:
+@pytest.mark.parametrize("noise", [2.0, 2000.0])
+def test_what_words_say_is_weighed_without_their_own_examples(noise: float) -> None:
     generator = torch.Generator().manual_seed(0)
     C = 9
     z = torch.randn(C, R, generator=generator, dtype=torch.float64)
     mu = z @ torch.randn(R, R, generator=generator, dtype=torch.float64) + 1.0
     n = torch.tensor([1.0, 2, 3, 4, 5, 1, 2, 3, 4], dtype=torch.float64)
-    noise = torch.tensor(20.0, dtype=torch.float64)
-    A, B = z - z.mean(0), mu - mu.mean(0)
-    size = A.square().sum(1).mean()
+    size = (z - z.mean(0)).square().sum(1).mean()
+
+    def predicted(rows: list[int], ridge: float, of: torch.Tensor) -> torch.Tensor:
+        x, y = z[rows].mean(0), mu[rows].mean(0)
+        A, B = z[rows] - x, mu[rows] - y
+        P = torch.linalg.solve(A.mT @ A + ridge * size * torch.eye(R), A.mT @ B)
+        return y + (of - x) @ P
+
     least, best = float("inf"), mu
     for ridge in module.RIDGES:
-        guess = []
-        for c in range(C):
-            others = [i for i in range(C) if i != c]
-            penalty = ridge * size * torch.eye(R)
-            P = torch.linalg.solve(A[others].mT @ A[others] + penalty, A[others].mT @ B[others])
-            guess.append(mu.mean(0) + A[c] @ P)
-        error = (torch.stack(guess) - mu).square().sum(1).mean().item()
+        alone = [predicted([i for i in range(C) if i != c], ridge, z[c]) for c in range(C)]
+        error = (torch.stack(alone) - mu).square().sum(1).mean().item()
         if error < least:
-            least, best = error, torch.stack(guess)
-    kappa = noise / max(least - (noise / n).mean(), 1e-3 * noise)
+            least, best = error, predicted(list(range(C)), ridge, z)
+    noises = torch.tensor(noise, dtype=torch.float64)
+    kappa = noise / (least - (noise / n).mean())
+    assert (0 < kappa < 2) == (noise == 2.0)
+    kappa = kappa if noise == 2.0 else 2.0
     right = (n[:, None] * mu + kappa * best) / (n[:, None] + kappa)
-    torch.testing.assert_close(means(mu, z, n, noise), right)
-    assert torch.equal(means(mu[:2], z[:2], n[:2], noise), mu[:2])
-    assert torch.equal(means(mu, z * 0, n, noise), mu)
+    torch.testing.assert_close(means(mu, z, n, noises), right)
+    assert torch.equal(means(mu[:2], z[:2], n[:2], noises), mu[:2])
+    assert torch.equal(means(mu, z * 0, n, noises), mu)
+
+
+@pytest.mark.parametrize("shots", [1, 3])
+def test_words_that_say_little_hide_no_class(shots: int) -> None:
+    """With one example of each, their weight cannot be told from the examples."""
+    C = 12
+    tokens = torch.tensor([as_row([c]) for c in range(C)])
+    generator = torch.Generator().manual_seed(shots)
+    mu = 3 * torch.randn(C, R, generator=generator)
+    y = torch.arange(C).repeat(shots)
+    x = mu[y] + torch.randn(len(y), R, generator=generator)
+    rows, scatter = sums_of(x, y, mu + 6 * torch.randn(C, R, generator=generator))
+    found = Completions(tokens, rows, scatter, 0.6)
+    new = mu.repeat(20, 1) + torch.randn(20 * C, R, generator=generator)
+    right = found.log_probabilities(new).argmax(1) == torch.arange(C).repeat(20)
+    assert right.float().mean() > 0.9
 
 
 def test_one_example_each_is_enough() -> None:

@@ -13,8 +13,9 @@ comes from sums over the examples, whatever their order:
     m_c = (n_c mu_c + kappa P z_c) / (n_c + kappa)           z_c: mean state of the completion alone
 
 ``P z_c`` is what the words of a completion say about its prompts: P is the least-squares map from
-the z to the mu of all other completions (leave-one-out). kappa, how many examples that is worth, is
-the variance of an example over that of the error of ``P z_c``, both estimated (empirical Bayes).
+the z to the mu, around their centres. kappa, how many examples that is worth (two at most), is the
+variance of an example over that of the error of ``P z_c``, both estimated (empirical Bayes). That
+error, and the ridge of P, are those of maps from all other completions (leave-one-out).
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ FEW = 0.01
 """Share of the variance of all examples in that within completions."""
 RIDGES = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 """Ridges of P that are tried, as shares of the mean squared length of z."""
+WORTH = 2.0
+"""Largest kappa: with one example of each completion no variance can be told from another."""
 
 
 def as_row(completion: Sequence[int]) -> tuple[float, ...]:
@@ -125,12 +128,13 @@ def means(mu: Tensor, z: Tensor, n: Tensor, noise: Tensor) -> Tensor:
     found, least = mu, torch.inf
     for ridge in RIDGES:
         hat = torch.linalg.solve(gram + ridge * size * torch.eye(len(z)).to(gram), gram).mT
-        own = hat.diagonal()[:, None]
-        guess = centre + (hat @ (mu - centre) - own * (mu - centre)) / (1 - own)
-        error = (guess - mu).square().sum(1).mean().item()
+        guess = centre + hat @ (mu - centre)
+        # What a mean has to do with its own guess: through the map, and through the centre.
+        own = hat.diagonal()[:, None] + 1 / len(mu)
+        error = ((guess - mu) / (1 - own)).square().sum(1).mean().item()
         if error < least:
             found, least = guess, error
-    kappa = noise / (least - (noise / n).mean()).clamp(min=1e-3 * noise)
+    kappa = noise / (least - (noise / n).mean()).clamp(min=noise / WORTH)
     return (n[:, None] * mu + kappa * found) / (n[:, None] + kappa)
 
 
