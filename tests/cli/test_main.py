@@ -68,6 +68,23 @@ def test_help_is_quick_and_imports_no_torch() -> None:
     assert min(times) < 0.5
 
 
+@pytest.mark.parametrize(
+    "given", [{}, {"GOMP_SPINCOUNT": "7"}, {"OMP_WAIT_POLICY": "ACTIVE"}], ids=str
+)
+def test_threads_wait_briefly_unless_told_otherwise(
+    given: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    assert cli.main(["--version"]) == 0
+    wanted = {} if "OMP_WAIT_POLICY" in given else {"GOMP_SPINCOUNT": cli.SPINS}
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        assert os.environ.get(name) == (wanted | given).get(name)
+
+
 def test_module_is_the_command() -> None:
     done = run_command("--version")
     assert (done.returncode, done.stdout) == (0, f"nestlearn {nestlearn.__version__}\n")
