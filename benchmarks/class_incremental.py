@@ -219,6 +219,7 @@ def plot(results: Results, path: Path) -> None:
         label, tasks = f"{method} ({len(rows)})", len(matrices[0][-1])
         axes.plot([tasks], [end], "s", color=line.get_color(), label=label)
     axes.set(xlabel="tasks learned", ylabel="average accuracy on the tasks seen", ylim=(0, 1))
+    axes.set_xlim(left=0.7)
     axes.legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
