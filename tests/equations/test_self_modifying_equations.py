@@ -42,6 +42,9 @@ VARIANTS = [
     {"truncate": True, "readout": "token", "rule": "gd", "objective": "l2"},
     {"truncate": True, "readout": "token", "retention": "zero", "memory_chunk": 2},
     {"retention": "zero", "memory_chunk": 1, "projection_chunk": 1},
+    {"main": "sum"},
+    {"main": "sum", "objective": "l2", "memory_chunk": 1, "projection_chunk": 1},
+    {"main": "sum", "retention": "zero", "readout": "chunk", "memory_depth": 3},
 ]
 
 
@@ -74,7 +77,9 @@ class Memory:
 
     def __init__(self, weights, group, beta):
         self.start = self.now = self.initial = list(weights)
-        self.bounds = [1.5 * w.detach().norm(dim=1, keepdim=True).clamp(min=1) for w in weights]
+        self.bounds = [
+            group.room * w.detach().norm(dim=1, keepdim=True).clamp(min=1) for w in weights
+        ]
         self.momentum = [torch.zeros_like(w) for w in weights]
         self.chunk, self.rule, self.beta, self.count = group.chunk, group.rule, beta, 0
         self.truncate = group.truncate

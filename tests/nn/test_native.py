@@ -45,6 +45,8 @@ VARIANTS = [
         for depth in (1, 2, 3)
         for chunk in (1, 4, 33)
     ),
+    *({"main": "sum", "chunk": chunk} for chunk in (1, 4, 33)),
+    {"main": "sum", "chunk": 4, "readout": "chunk", "retention": "zero", "objective": "l2"},
     {"chunk": 4, "write_threshold": 0.3, "eta_max": 1.0},
     {"chunk": 16, "write_threshold": 0.5, "adaptive": ("k", "v", "alpha"), "memory_depth": 1},
     {"momentum": True, "chunk": 16, "retention": "zero", "objective": "l2", "adaptive": ALL},

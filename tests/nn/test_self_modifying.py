@@ -118,6 +118,7 @@ def test_writing_matters():
         ({"truncate": True, "momentum": True}, "momentum False"),
         ({"half_lives": (10, 5)}, "shortest, longest"),
         ({"rule": "sgd"}, "unknown rule"),
+        ({"main": "table"}, "unknown main 'table'; choose one of same, sum"),
         ({"adaptive": ("k", "w")}, "unknown adaptive role 'w'"),
         ({"memory_chunk": 0}, "memory_chunk must be at least 1"),
         ({"projection_chunk": -1}, "projection_chunk must be at least 1"),
@@ -170,6 +171,57 @@ def test_a_long_constant_stream_leaves_no_denormal_numbers():
     everything = torch.cat([w.flatten() for w in weights]).abs()
     assert everything.max() > 1e-3
     assert everything[everything > 0].min() > 1e-18
+
+
+@pytest.mark.parametrize("kernel", [True, False])
+@pytest.mark.parametrize("chunk", [1, 4, 64])
+def test_a_sum_is_linear_attention_whatever_the_chunk(chunk, kernel):
+    layer, x = layer_and_input(main="sum", memory_chunk=chunk)
+    with (
+        record_roles(layer) as roles,
+        contextlib.nullcontext() if kernel else native.disabled(),
+    ):
+        layer(x)
+    (k, v, q, eta, alpha), out = roles
+    with torch.no_grad():
+        start = layer.memory.initial_weights(k.dtype)[0][:, 0]
+        kept = alpha.log().cumsum(2)
+        decay = (kept[..., :, None] - kept[..., None, :]).exp().tril()  # (B, H, t, s)
+        step = eta / (1 + eta * k.square().sum(-1))
+        wanted = (q @ k.mT * decay * step.unsqueeze(2)) @ v + q @ start.mT
+    torch.testing.assert_close(out, wanted)
+
+
+def test_a_sum_counts_where_another_memory_saturates():
+    grown = {}
+    for main in ("sum", "same"):
+        layer, _ = layer_and_input(main=main, adaptive=())
+        with torch.no_grad():
+            layer.gates.alpha_bias.fill_(50.0)  # nothing is forgotten
+            x, state, norms = torch.ones(1, 1000, 16, dtype=torch.float64), None, []
+            for _ in range(3):
+                _, state = layer(x, state)
+                norms.append(state.memory.weights[0].norm().item())
+        grown[main] = (norms[2] - norms[1]) / (norms[1] - norms[0] + 1e-12)
+    assert grown["sum"] == pytest.approx(1, rel=0.01) and grown["same"] < 0.1
+
+
+@contextlib.contextmanager
+def record_roles(layer):
+    """What M_mem is given and answers: a list that is filled within."""
+    found, old = [], self_modifying.scan
+
+    def recording(cell, state, inputs, *rest):
+        out, new = old(cell, state, inputs, *rest)
+        if cell is layer.memory:
+            found.extend([[t.detach() for t in inputs], out[0].detach()])
+        return out, new
+
+    self_modifying.scan = recording
+    try:
+        yield found
+    finally:
+        self_modifying.scan = old
 
 
 @pytest.mark.parametrize("kernel", [True, False])

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nestlearn.evals.harness.experiment import Table, beside
 from nestlearn.evals.harness.results import Results
-from nestlearn.evals.harness.systems import SYSTEMS, Size
+from nestlearn.evals.harness.systems import SYSTEMS, Size, System
 from nestlearn.evals.harness.task import TRAIN, VALIDATION, Batch, Task
 from nestlearn.evals.harness.trained import Plan, Trained
 
@@ -167,6 +167,10 @@ PAPER: dict[str, tuple[float | str | None, ...]] = {
 }
 
 
+SUMMING = "hope_sum"
+"""Hope whose main memory is added to, and does not saturate; all else is as in Hope."""
+
+
 class FormalLanguages(Trained):
     """Which systems recognise which languages, also beyond the lengths of training."""
 
@@ -174,14 +178,18 @@ class FormalLanguages(Trained):
     item = "Table 5"
     title = "formal languages"
     question = "Which systems recognise formal languages at the lengths of training and beyond?"
-    own_fields = {"hope": {"memory_chunk": 1, "projection_chunk": 1}}
+    compared = {
+        **SYSTEMS,
+        SUMMING: System("Hope (M_mem a sum)", {**SYSTEMS["hope"].fields, "memory_main": "sum"}),
+    }
+    own_fields = {name: {"memory_chunk": 1, "projection_chunk": 1} for name in ("hope", SUMMING)}
     plans = {
         "tiny": Plan(
             Size(64, 1, 2), steps=500, batch=32, lrs=(3e-3, 1e-2), weight_decays=(0.0,),
             systems=("transformer", "linear_attention", "deltanet", "gated_deltanet", "titans",
-                     "hope_attention", "hope"),
+                             "hope_attention", "hope", SUMMING),
             examples=200,
-        ),
+                     ),
         "small": Plan(
             Size(128, 2, 4), steps=5_000, batch=64, lrs=(1e-3, 3e-3, 1e-2), weight_decays=(0.0,),
             examples=1_000,
@@ -203,7 +211,7 @@ class FormalLanguages(Trained):
             rows = []
             for system in self.systems(results):
                 paper = PAPER.get(system, (None,) * len(LANGUAGES))
-                rows.append((SYSTEMS[system].label, *(
+                rows.append((self.compared[system].label, *(
                     beside(self.mean(results, task, system, split), theirs)
                     for task, theirs in zip(LANGUAGES, paper, strict=True)
                 )))  # fmt: skip
@@ -227,7 +235,7 @@ class FormalLanguages(Trained):
             for i, system in enumerate(systems):
                 means = [self.mean(results, task, system, split) or 0.0 for task in LANGUAGES]
                 places = [k + 0.8 * (i + 0.5) / len(systems) - 0.4 for k in range(len(means))]
-                axis.bar(places, means, 0.75 / len(systems), label=SYSTEMS[system].label)
+                axis.bar(places, means, 0.75 / len(systems), label=self.compared[system].label)
             axis.set_xticks(range(len(LANGUAGES)), list(LANGUAGES))
             axis.set(title=f"{split}: words of {BINS[split][0]} to {BINS[split][1]}", ylim=(0, 104))
         axes[0].set_ylabel("words right, %")

@@ -38,6 +38,7 @@ def _self_modifying(config: Any) -> nn.Module:
         config.num_attention_heads,
         memory_depth=config.memory_depth,
         memory_width=config.memory_width,
+        main=config.memory_main,
         memory_chunk=config.memory_chunk,
         projection_chunk=config.projection_chunk,
         objective=config.memory_objective,

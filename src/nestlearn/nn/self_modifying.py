@@ -71,6 +71,9 @@ class SelfModifyingTitans(nn.Module):
         heads: H; memories act on heads of d = D/H channels.
         memory_depth: layers of a memory, 1 to 4; 1 is ``M(x) = W x``.
         memory_width: hidden size of a memory; d if None.
+        main: what M_mem is: ``"same"`` as the other memories, or ``"sum"``, a matrix that is added
+            to, ``M_mem ← α M_mem + η v_t k_tᵀ / (1 + η)``, whose rows have no bound but 10⁶: it
+            counts further than it was trained to, where the others saturate. **Our choice.**
         memory_chunk: tokens per write of M_mem; 1 is the exact recurrence.
         projection_chunk: tokens per write of the other memories.
         objective: ``"dot"`` or ``"l2"`` (SPEC §2).
@@ -121,6 +124,7 @@ class SelfModifyingTitans(nn.Module):
         *,
         memory_depth: int = 2,
         memory_width: int | None = None,
+        main: str = "same",
         memory_chunk: int = 64,
         projection_chunk: int = 64,
         objective: str = "dot",
@@ -141,6 +145,7 @@ class SelfModifyingTitans(nn.Module):
         super().__init__()
         if heads < 1 or dim % heads:
             raise ValueError(f"dim {dim} must be a multiple of heads {heads}")
+        _choose("main", main, ("same", "sum"))
         _choose("objective", objective, ("dot", "l2"))
         _choose("readout", readout, ("chunk", "token"))
         _choose("rule", rule, ("dgd", "gd"))
@@ -191,7 +196,7 @@ class SelfModifyingTitans(nn.Module):
             if self.adaptive
             else None
         )
-        self.memory = MainMemory(readout, chunk=memory_chunk, **group)
+        self.memory = MainMemory(readout, main, chunk=memory_chunk, **group)
         self.norm_weight = nn.Parameter(torch.ones(heads, size))
         self.out_proj = nn.Linear(dim, dim, bias=False)
         self.reset_parameters()

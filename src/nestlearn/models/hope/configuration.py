@@ -77,6 +77,7 @@ _YES_NO = (
 _SELF_MODIFYING = (
     "memory_depth",
     "memory_width",
+    "memory_main",
     "memory_objective",
     "memory_readout",
     "memory_rule",
@@ -105,6 +106,8 @@ class HopeConfig(PreTrainedConfig):
             ``nestlearn.nn.mixers.MIXERS``), or a list of names that the layers take turns in;
             ``"samba"`` is ``["mamba2", "attention"]`` with a window.
         memory_depth, memory_width: layers of each memory; hidden width per head (None: head size).
+        memory_main: the memory that answers is the ``"same"`` as those that generate its keys and
+            values, or a ``"sum"``, which counts (see `nestlearn.nn.SelfModifyingTitans`).
         memory_chunk: tokens between two writes of the memory; None: what is usual for the mixer
             (64, for TTT 16). projection_chunk: the same for the memories that generate keys,
             values, eta and alpha (SPEC §5). 1 is the exact recurrence.
@@ -147,6 +150,7 @@ class HopeConfig(PreTrainedConfig):
     mixer: str | list[str] | tuple[str, ...] = "self_modifying"
     memory_depth: int = 2
     memory_width: int | None = None
+    memory_main: str = "same"
     memory_chunk: int | None = None
     projection_chunk: int = 64
     memory_objective: str = "dot"
@@ -280,6 +284,7 @@ class HopeConfig(PreTrainedConfig):
             value = getattr(self, field)
             _require(isinstance(value, bool), field, value, "True or False")
         for field, choices in {
+            "memory_main": ("same", "sum"),
             "memory_objective": ("dot", "l2"),
             "memory_readout": ("chunk", "token"),
             "memory_rule": ("dgd", "gd"),
