@@ -178,11 +178,14 @@ class FormalLanguages(Trained):
     item = "Table 5"
     title = "formal languages"
     question = "Which systems recognise formal languages at the lengths of training and beyond?"
+    own_fields = {"hope": {"memory_chunk": 1, "projection_chunk": 1}}
     compared = {
         **SYSTEMS,
-        SUMMING: System("Hope (M_mem a sum)", {**SYSTEMS["hope"].fields, "memory_main": "sum"}),
+        SUMMING: System(
+            "Hope (M_mem a sum)",
+            {**SYSTEMS["hope"].fields, **own_fields["hope"], "memory_main": "sum"},
+        ),
     }
-    own_fields = {name: {"memory_chunk": 1, "projection_chunk": 1} for name in ("hope", SUMMING)}
     plans = {
         "tiny": Plan(
             Size(64, 1, 2), steps=500, batch=32, lrs=(3e-3, 1e-2), weight_decays=(0.0,),
