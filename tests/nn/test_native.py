@@ -11,7 +11,7 @@ import warnings
 import pytest
 import torch
 
-from nestlearn.nn import SelfModifyingTitans, native, self_memories
+from nestlearn.nn import SelfModifyingTitans, native
 from nestlearn.nn.native import build, kernel
 
 ALL = ("k", "v", "q", "eta", "alpha")
@@ -111,12 +111,12 @@ def test_float32(chunk, momentum):
 
 @needs_kernel
 @pytest.mark.parametrize("depth", [1, 2])
-def test_rows_at_their_bound(depth, monkeypatch):
-    monkeypatch.setattr(self_memories, "ROOM", 0.5)
+def test_rows_at_their_bound(depth):
     layer, x = make(memory_depth=depth, chunk=4, eta_max=20.0)
     state = layer.init_state(3)
     with torch.no_grad():
         for group in (layer.projections, layer.memory):
+            group.room = 0.5
             for w in group.initial:
                 w.mul_(0.02)  # the bound stays 0.5; large steps carry rows there
         layer.gates.eta_bias.fill_(6.0)
