@@ -190,9 +190,9 @@ class FormalLanguages(Trained):
         "tiny": Plan(
             Size(64, 1, 2), steps=500, batch=32, lrs=(3e-3, 1e-2), weight_decays=(0.0,),
             systems=("transformer", "linear_attention", "deltanet", "gated_deltanet", "titans",
-                             "hope_attention", "hope", SUMMING),
+                     "hope_attention", "hope", SUMMING),
             examples=200,
-                     ),
+        ),
         "small": Plan(
             Size(128, 2, 4), steps=5_000, batch=64, lrs=(1e-3, 3e-3, 1e-2), weight_decays=(0.0,),
             examples=1_000,
