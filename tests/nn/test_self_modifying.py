@@ -19,6 +19,20 @@ def layer_and_input(tokens=24, **settings):
     return layer, torch.randn(2, tokens, 16, dtype=torch.float64, requires_grad=True)
 
 
+@pytest.fixture
+def scans(monkeypatch):
+    """Inputs and outputs of every scan of a layer; M_mem's is the last of a call."""
+    found = []
+
+    def recording(cell, state, inputs, *rest):
+        outputs, new = scan.scan(cell, state, inputs, *rest)
+        found.append((inputs, outputs))
+        return outputs, new
+
+    monkeypatch.setattr(self_modifying, "scan", recording)
+    return found
+
+
 @pytest.mark.parametrize(
     "settings",
     [
@@ -31,20 +45,13 @@ def layer_and_input(tokens=24, **settings):
     ],
     ids=str,
 )
-def test_untrained_it_looks_where_the_token_came_before(settings, monkeypatch):
+def test_untrained_it_looks_where_the_token_came_before(settings, scans):
     """The key most like a token's query is that of the token behind its last occurrence."""
-    seen = []
-
-    def recording(cell, state, inputs, *rest):
-        seen.append(inputs)
-        return scan.scan(cell, state, inputs, *rest)
-
-    monkeypatch.setattr(self_modifying, "scan", recording)
     torch.manual_seed(0)
     layer = SelfModifyingTitans(128, 2, **settings)
     tokens = torch.cat([torch.randperm(24), torch.randperm(24)])
     layer(torch.randn(24, 128)[tokens][None])
-    k, _, q = seen[-1][:3]
+    k, _, q = scans[-1][0][:3]
     found = (q @ k.mT)[0, :, 25:, 1:25].argmax(-1)  # of the second occurrences, but the first one
     places = torch.stack([(tokens[:24] == t).nonzero()[0, 0] for t in tokens[25:]])
     right = (found == places)[:, places < 23]  # behind the last token begins the second half
@@ -175,14 +182,11 @@ def test_a_long_constant_stream_leaves_no_denormal_numbers():
 
 @pytest.mark.parametrize("kernel", [True, False])
 @pytest.mark.parametrize("chunk", [1, 4, 64])
-def test_a_sum_is_linear_attention_whatever_the_chunk(chunk, kernel):
+def test_a_sum_is_linear_attention_whatever_the_chunk(chunk, kernel, scans):
     layer, x = layer_and_input(main="sum", memory_chunk=chunk)
-    with (
-        record_roles(layer) as roles,
-        contextlib.nullcontext() if kernel else native.disabled(),
-    ):
+    with torch.no_grad(), contextlib.nullcontext() if kernel else native.disabled():
         layer(x)
-    (k, v, q, eta, alpha), out = roles
+    (k, v, q, eta, alpha), (out,) = scans[-1]
     with torch.no_grad():
         start = layer.memory.initial_weights(k.dtype)[0][:, 0]
         kept = alpha.log().cumsum(2)
@@ -204,24 +208,6 @@ def test_a_sum_counts_where_another_memory_saturates():
                 norms.append(state.memory.weights[0].norm().item())
         grown[main] = (norms[2] - norms[1]) / (norms[1] - norms[0] + 1e-12)
     assert grown["sum"] == pytest.approx(1, rel=0.01) and grown["same"] < 0.1
-
-
-@contextlib.contextmanager
-def record_roles(layer):
-    """What M_mem is given and answers: a list that is filled within."""
-    found, old = [], self_modifying.scan
-
-    def recording(cell, state, inputs, *rest):
-        out, new = old(cell, state, inputs, *rest)
-        if cell is layer.memory:
-            found.extend([[t.detach() for t in inputs], out[0].detach()])
-        return out, new
-
-    self_modifying.scan = recording
-    try:
-        yield found
-    finally:
-        self_modifying.scan = old
 
 
 @pytest.mark.parametrize("kernel", [True, False])
