@@ -42,9 +42,8 @@ VARIANTS = [
     {"truncate": True, "readout": "token", "rule": "gd", "objective": "l2"},
     {"truncate": True, "readout": "token", "retention": "zero", "memory_chunk": 2},
     {"retention": "zero", "memory_chunk": 1, "projection_chunk": 1},
-    {"main": "sum"},
-    {"main": "sum", "objective": "l2", "memory_chunk": 1, "projection_chunk": 1},
-    {"main": "sum", "retention": "zero", "readout": "chunk", "memory_depth": 3},
+    {"counting_heads": 1},
+    {"counting_heads": 1, "memory_chunk": 1, "projection_chunk": 1, "adaptive": ()},
 ]
 
 
@@ -75,9 +74,9 @@ class Memory:
     ``start``: weights at the chunk's start; ``now``: after the last token; ``read``: what a
     token-level read-out sees (after the token's write, before the guard at the chunk's end)."""
 
-    def __init__(self, weights, group, beta, room=1.5):
+    def __init__(self, weights, group, beta):
         self.start = self.now = self.initial = list(weights)
-        self.bounds = [room * w.detach().norm(dim=1, keepdim=True).clamp(min=1) for w in weights]
+        self.bounds = [1.5 * w.detach().norm(dim=1, keepdim=True).clamp(min=1) for w in weights]
         self.momentum = [torch.zeros_like(w) for w in weights]
         self.chunk, self.rule, self.beta, self.count = group.chunk, group.rule, beta, 0
         self.truncate = group.truncate
@@ -116,7 +115,7 @@ class Memory:
                 ]
 
 
-def oracle(layer, x, room=1.5):
+def oracle(layer, x):
     """The layer's output, computed row by row, head by head, token by token."""
     size = DIM // HEADS
     kernel = layer.conv.weight[:, 0]
@@ -125,12 +124,14 @@ def oracle(layer, x, room=1.5):
     conv = torch.stack(
         [(padded[:, t : t + layer.conv_size].mT * kernel).sum(-1) for t in range(x.shape[1])], 1
     )
-    streams = dict(zip(("k", "v", "q", "gate"), conv.split(DIM, -1), strict=True))
+    counting = layer.counting_heads * size
+    widths = [DIM - counting] * 3 + [DIM, counting]
+    streams = dict(zip(("k", "v", "q", "gate", "count"), conv.split(widths, -1), strict=True))
     group, main = layer.projections, layer.memory
     rows = []
     for b in range(len(x)):
         heads = []
-        for h in range(HEADS):
+        for h in range(HEADS - layer.counting_heads):
             cut = slice(h * size, (h + 1) * size)
             beta = None if main.momentum_logit is None else main.momentum_logit[h].sigmoid()
             memories = {}
@@ -139,7 +140,7 @@ def oracle(layer, x, room=1.5):
                 for n, role in enumerate(group.roles):
                     weights = [w[h, n] for w in group.initial_weights(x.dtype)]
                     memories[role] = Memory(weights, group, gbeta)
-            memory = Memory([w[h, 0] for w in main.initial_weights(x.dtype)], main, beta, room)
+            memory = Memory([w[h, 0] for w in main.initial_weights(x.dtype)], main, beta)
             outs = []
             for t in range(x.shape[1]):
                 raw = {}
@@ -153,8 +154,8 @@ def oracle(layer, x, room=1.5):
                         y = answer(memories[role].start, unit(streams["v"][b, t, cut]))
                         raw[role] = group.readout[role][h] @ y
                     elif role in layer.fixed_scalars:
-                        fixed = layer.scalar_proj(x[b, t])
-                        raw[role] = fixed[layer.fixed_scalars.index(role) * HEADS + h]
+                        fixed = layer.scalar_proj(x[b, t]).view(len(layer.fixed_scalars), -1)
+                        raw[role] = fixed[layer.fixed_scalars.index(role), h]
                 k, v, q = unit(raw["k"]), unit(raw["v"]), unit(raw["q"])
                 eta = layer.gates.eta_max * torch.sigmoid(raw["eta"] + layer.gates.eta_bias[h])
                 alpha = x.new_ones(())
@@ -167,8 +168,22 @@ def oracle(layer, x, room=1.5):
                 o = o * torch.rsqrt(o.square().mean() + 1e-6) * layer.norm_weight[h]
                 outs.append(o * F.silu(streams["gate"][b, t, cut]))
             heads.append(torch.stack(outs))
+        if counting:
+            heads.append(counted(streams["count"][b], layer.norm_weight[-1], streams["gate"][b]))
         rows.append(torch.cat(heads, -1))
     return layer.out_proj(torch.stack(rows))
+
+
+def counted(values, scale, gate):
+    """The last head: gradient descent on -<M 1, v>, one step a token."""
+    outs, M = [], values.new_zeros(values.shape[1], 1).requires_grad_()
+    for v, g in zip(values, gate, strict=True):
+        alias = M * 1
+        loss = -((alias @ values.new_ones(1)) * v).sum()
+        M = M - torch.autograd.grad(loss, alias, create_graph=True)[0]
+        read = M @ values.new_ones(1)
+        outs.append(read / (1 + read.abs()) * scale * F.silu(g[-len(scale) :]))
+    return torch.stack(outs)
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
@@ -182,7 +197,7 @@ def test_layer_equals_token_recurrence(variant):
     layer = SelfModifyingTitans(DIM, HEADS, **settings).double()
     x = torch.randn(2, TOKENS, DIM, dtype=torch.float64, requires_grad=True)
     y, _ = layer(x)
-    expected = oracle(layer, x, room=1e6 if settings.get("main") == "sum" else 1.5)
+    expected = oracle(layer, x)
     torch.testing.assert_close(y, expected, rtol=0, atol=1e-11)
 
     weight = torch.randn_like(y)

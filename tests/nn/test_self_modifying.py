@@ -10,6 +10,7 @@ import torch
 
 from nestlearn.nn import SelfModifyingTitans, native, scan, self_modifying
 from nestlearn.nn.compiled import compile_model
+from nestlearn.nn.counting import count
 
 
 def layer_and_input(tokens=24, **settings):
@@ -125,7 +126,8 @@ def test_writing_matters():
         ({"truncate": True, "momentum": True}, "momentum False"),
         ({"half_lives": (10, 5)}, "shortest, longest"),
         ({"rule": "sgd"}, "unknown rule"),
-        ({"main": "table"}, "unknown main 'table'; choose one of same, sum"),
+        ({"counting_heads": 2}, r"counting_heads must be in \[0, 2\)"),
+        ({"counting_heads": -1}, "one head must be a memory that modifies itself"),
         ({"adaptive": ("k", "w")}, "unknown adaptive role 'w'"),
         ({"memory_chunk": 0}, "memory_chunk must be at least 1"),
         ({"projection_chunk": -1}, "projection_chunk must be at least 1"),
@@ -180,34 +182,34 @@ def test_a_long_constant_stream_leaves_no_denormal_numbers():
     assert everything[everything > 0].min() > 1e-18
 
 
-@pytest.mark.parametrize("kernel", [True, False])
-@pytest.mark.parametrize("chunk", [1, 4, 64])
-def test_a_sum_is_linear_attention_whatever_the_chunk(chunk, kernel, scans):
-    layer, x = layer_and_input(main="sum", memory_chunk=chunk)
-    with torch.no_grad(), contextlib.nullcontext() if kernel else native.disabled():
-        layer(x)
-    (k, v, q, eta, alpha), (out,) = scans[-1]
+def test_a_count_is_exact_at_any_length():
+    """Ones and minus ones in turns, after 100,000 tokens of them, and with another count beside."""
+    values = torch.tensor([[1.0, 0.0], [-1.0, 1.0]]).repeat(50_000, 1)[None, None]
+    out, sums = count(values, torch.zeros(1, 1, 2))
+    assert torch.equal(out[0, 0, :, 0], torch.tensor([0.5, 0.0]).repeat(50_000))
+    assert sums.tolist() == [[[0.0, 50_000.0]]] and out.max() < 1
+
+
+def test_frozen_counting_heads_read_and_do_not_count():
+    layer = SelfModifyingTitans(16, 2, counting_heads=1)
+    x, y = torch.randn(2, 9, 16), torch.randn(2, 6, 16)
     with torch.no_grad():
-        start = layer.memory.initial_weights(k.dtype)[0][:, 0]
-        kept = alpha.log().cumsum(2)
-        decay = (kept[..., :, None] - kept[..., None, :]).exp().tril()  # (B, H, t, s)
-        step = eta / (1 + eta * k.square().sum(-1))
-        wanted = (q @ k.mT * decay * step.unsqueeze(2)) @ v + q @ start.mT
-    torch.testing.assert_close(out, wanted)
+        _, state = layer(x)
+        _, after = layer(y, state.freeze())
+        assert torch.equal(after.sums, state.sums)
+        out, _ = count(torch.randn(2, 1, 6, 8), state.sums, frozen=True)
+    held = state.sums / (1 + state.sums.abs())
+    torch.testing.assert_close(out, held.unsqueeze(2).expand(2, 1, 6, 8))
 
 
-def test_a_sum_counts_where_another_memory_saturates():
-    grown = {}
-    for main in ("sum", "same"):
-        layer, _ = layer_and_input(main=main, adaptive=())
-        with torch.no_grad():
-            layer.gates.alpha_bias.fill_(50.0)  # nothing is forgotten
-            x, state, norms = torch.ones(1, 1000, 16, dtype=torch.float64), None, []
-            for _ in range(3):
-                _, state = layer(x, state)
-                norms.append(state.memory.weights[0].norm().item())
-        grown[main] = (norms[2] - norms[1]) / (norms[1] - norms[0] + 1e-12)
-    assert grown["sum"] == pytest.approx(1, rel=0.01) and grown["same"] < 0.1
+def test_counting_heads_stay_finite():
+    layer = SelfModifyingTitans(16, 2, counting_heads=1)
+    x = torch.full((1, 8, 16), 1e25, requires_grad=True)
+    y, state = layer(x)
+    y.sum().backward()
+    assert state.sums.abs().max() > 1e20
+    assert y.isfinite().all() and x.grad.isfinite().all()
+    assert all(p.grad.isfinite().all() for p in layer.parameters())
 
 
 @pytest.mark.parametrize("kernel", [True, False])

@@ -167,9 +167,8 @@ PAPER: dict[str, tuple[float | str | None, ...]] = {
 }
 
 
-SUMMING = "hope_sum"
-"""Hope whose main memory is added to, and does not saturate; all else is as in Hope. Only run when
-asked for: it counts further than Hope, and tracks states less reliably (docs/results.md)."""
+COUNTING = "hope_counting"
+"""Hope with a plain sum in the place of its last head; all else is as in Hope."""
 
 
 class FormalLanguages(Trained):
@@ -182,16 +181,16 @@ class FormalLanguages(Trained):
     own_fields = {"hope": {"memory_chunk": 1, "projection_chunk": 1}}
     compared = {
         **SYSTEMS,
-        SUMMING: System(
-            "Hope (M_mem a sum)",
-            {**SYSTEMS["hope"].fields, **own_fields["hope"], "memory_main": "sum"},
+        COUNTING: System(
+            "Hope (a counting head)",
+            {**SYSTEMS["hope"].fields, **own_fields["hope"], "counting_heads": 1},
         ),
     }
     plans = {
         "tiny": Plan(
             Size(64, 1, 2), steps=500, batch=32, lrs=(3e-3, 1e-2), weight_decays=(0.0,),
             systems=("transformer", "linear_attention", "deltanet", "gated_deltanet", "titans",
-                     "hope_attention", "hope"),
+                     "hope_attention", "hope", COUNTING),
             examples=200,
         ),
         "small": Plan(

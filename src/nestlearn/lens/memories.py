@@ -180,6 +180,21 @@ def _self_modifying(module: SelfModifyingTitans, scope: Scope) -> Found:
     if len(groups) == 2 and module.memory.chunk != module.projections.chunk:  # type: ignore[union-attr]
         # Of equal chunks they are one level: each is written from the states before.
         boxes[-1] = _with_transfer(boxes[-1], Generation("projection memories", "memory"))
+    if state.sums is not None:
+        boxes.append(
+            FastBox(
+                "counting heads",
+                RULES["hebbian"] + ", with one key",
+                "values of the tokens of one sequence",
+                ("M",),
+                1,
+                "gradient descent",
+                FLOW,
+                state_bytes=state.sums.nbytes,
+                flops=0,
+                slow=outer,
+            )
+        )
     flops = matrix_flops([module.in_proj.weight, module.out_proj.weight, module.conv.weight])
     if module.scalar_proj is not None:
         flops |= matrix_flops([module.scalar_proj.weight])

@@ -38,7 +38,6 @@ def _self_modifying(config: Any) -> nn.Module:
         config.num_attention_heads,
         memory_depth=config.memory_depth,
         memory_width=config.memory_width,
-        main=config.memory_main,
         memory_chunk=config.memory_chunk,
         projection_chunk=config.projection_chunk,
         objective=config.memory_objective,
@@ -53,6 +52,7 @@ def _self_modifying(config: Any) -> nn.Module:
         adaptive=tuple(config.memory_adaptive),
         eta_max=config.eta_max,
         write_threshold=config.write_threshold,
+        counting_heads=config.counting_heads,
         conv_size=config.conv_size,
     )
 

@@ -32,8 +32,6 @@ from nestlearn.rules.chunk import ChunkWrite
 
 # Rows start inside their bound: at the bound, rounding would decide which gradient they get.
 ROOM = 1.5
-# The same of a sum, which must not saturate: only what keeps it finite.
-SUM_ROOM = 1e6
 # What a memory adds to its input before training, where it generates a vector.
 QUIET = 0.1
 # What M_mem adds to a query before training, of an answer of norm 1: a memory that holds next to
@@ -57,7 +55,6 @@ class MemoryGroup(nn.Module):
         rule: objective and kind of write.
         momentum: keep a momentum per weight, its decay learned per head.
         truncate: let no outer gradient pass a chunk's boundary, but for the initial states.
-        room: how far a row's norm may grow, in initial norms (or ones).
     """
 
     lr_scale = LR_SCALE
@@ -73,11 +70,9 @@ class MemoryGroup(nn.Module):
         rule: WriteRule,
         momentum: bool,
         truncate: bool = False,
-        room: float = ROOM,
     ):
         super().__init__()
         self.chunk, self.rule, self.size, self.truncate = chunk, rule, size, truncate
-        self.room = room
         shapes = weight_shapes(size, size, depth, width)
         self.initial = nn.ParameterList(
             [nn.Parameter(torch.empty(heads, count, out, n)) for out, n in shapes]
@@ -126,9 +121,9 @@ class MemoryGroup(nn.Module):
         return tuple(i + (w - i).detach() for i, w in zip(initial, memory, strict=True))
 
     def bounds(self, dtype: torch.dtype) -> Tensors:
-        """Row-norm bounds of the fast weights: ``room`` times the initial norm, or ``room``."""
+        """Row-norm bounds of the fast weights: ROOM times the initial norm, or ROOM."""
         return tuple(
-            self.room * w.detach().norm(dim=-1, keepdim=True).clamp(min=1.0)
+            ROOM * w.detach().norm(dim=-1, keepdim=True).clamp(min=1.0)
             for w in self.initial_weights(dtype)
         )
 
@@ -311,18 +306,9 @@ class ProjectionCell:
 
 
 class MainMemory(MemoryGroup):
-    """M_mem, the memory that is read with q: one scan cell (Eq. 83, 87).
+    """M_mem, the memory that is read with q: one scan cell (Eq. 83, 87)."""
 
-    Args:
-        readout: ``"token"`` or ``"chunk"``.
-        kind: ``"same"`` as the other memories, or ``"sum"`` (`SelfModifyingTitans`).
-    """
-
-    def __init__(self, readout: str, kind: str = "same", **group: Any):
-        if kind == "sum":
-            plain = {"objective": "dot", "delta": False, "targets": "shared"}
-            group |= {"depth": 1, "rule": dataclasses.replace(group["rule"], **plain)}
-            group["room"] = SUM_ROOM
+    def __init__(self, readout: str, **group: Any):
         super().__init__(count=1, **group)
         self.readout = readout
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from nestlearn.memory.state import MemoryState, State
 from nestlearn.nn.conv import CausalConv
+from nestlearn.nn.counting import count
 from nestlearn.nn.gates import Gates
 from nestlearn.nn.native import ROLES, VECTORS
 from nestlearn.nn.pointwise import unit
@@ -21,23 +22,22 @@ from nestlearn.nn.self_write import WriteRule
 from nestlearn.nn.write_cost import record
 from nestlearn.rules.decay import wide
 
-STREAMS = (*VECTORS, "gate")
-"""What the token is mapped to, in the order of the rows of ``in_proj``."""
-
 
 @dataclasses.dataclass
 class SelfModifyingState(State):
     """State of one `SelfModifyingTitans` layer.
 
     Attributes:
-        history: last inputs of the convolution, ``(B, W-1, 4 D)``: k, v, q and the gate.
+        history: last inputs of the convolution, ``(B, W-1, ·)``: the streams, side by side.
         projections: the memories M_k, M_v, … in the order of ``adaptive``; None if there are none.
         memory: the main memory M_mem.
+        sums: of the counting heads, ``(B, counting_heads, d)``; None if there are none.
     """
 
     history: Tensor
     projections: MemoryState | None
     memory: MemoryState
+    sums: Tensor | None = None
 
     @property
     def position(self) -> tuple[int, ...]:
@@ -71,9 +71,6 @@ class SelfModifyingTitans(nn.Module):
         heads: H; memories act on heads of d = D/H channels.
         memory_depth: layers of a memory, 1 to 4; 1 is ``M(x) = W x``.
         memory_width: hidden size of a memory; d if None.
-        main: what M_mem is: ``"same"`` as the other memories, or ``"sum"``, a matrix that is added
-            to, ``M_mem ← α M_mem + η v_t k_tᵀ / (1 + η)``, whose rows have no bound but 10⁶: it
-            counts further than it was trained to, where the others saturate. **Our choice.**
         memory_chunk: tokens per write of M_mem; 1 is the exact recurrence.
         projection_chunk: tokens per write of the other memories.
         objective: ``"dot"`` or ``"l2"`` (SPEC §2).
@@ -98,6 +95,10 @@ class SelfModifyingTitans(nn.Module):
             for α; ``η = η_max max(0, gate - c) / (1 - c)``. The outer gradient of M_mem's writes
             ignores the max: training can open a gate again. **Our choice**, off by default.
         conv_size: window of the causal convolution behind the maps to heads.
+        counting_heads: so many of the heads, the last ones, have none of these memories and are
+            plain sums, ``M_t = M_{t-1} + v_t`` (`nestlearn.nn.counting`): they count further than
+            they were trained to, where memories that are bounded saturate. **Our choice**, off by
+            default.
         checkpoint_chunks: > 0: recompute activations in the backward pass, so many chunks at once.
 
     Shapes: ``forward(x (B, T, D), state=None, mask=None) -> (y (B, T, D), state)``; ``mask (B, T)``
@@ -124,7 +125,6 @@ class SelfModifyingTitans(nn.Module):
         *,
         memory_depth: int = 2,
         memory_width: int | None = None,
-        main: str = "same",
         memory_chunk: int = 64,
         projection_chunk: int = 64,
         objective: str = "dot",
@@ -140,12 +140,12 @@ class SelfModifyingTitans(nn.Module):
         eta_max: float = 8.0,
         write_threshold: float = 0.0,
         conv_size: int = 4,
+        counting_heads: int = 0,
         checkpoint_chunks: int = 0,
     ):
         super().__init__()
         if heads < 1 or dim % heads:
             raise ValueError(f"dim {dim} must be a multiple of heads {heads}")
-        _choose("main", main, ("same", "sum"))
         _choose("objective", objective, ("dot", "l2"))
         _choose("readout", readout, ("chunk", "token"))
         _choose("rule", rule, ("dgd", "gd"))
@@ -167,12 +167,23 @@ class SelfModifyingTitans(nn.Module):
             raise ValueError(f"eta_max must be positive, got {eta_max}")
         if not 0 <= write_threshold < 1:
             raise ValueError(f"write_threshold must be in [0, 1), got {write_threshold}")
+        if not 0 <= counting_heads < heads:
+            raise ValueError(
+                f"counting_heads must be in [0, {heads}): one head must be a memory that modifies "
+                f"itself, got {counting_heads}"
+            )
         self.dim, self.heads, self.conv_size = dim, heads, conv_size
+        self.counting_heads, self.memory_heads = counting_heads, heads - counting_heads
         self.checkpoint_chunks = checkpoint_chunks
         self.adaptive = tuple(r for r in ROLES if r in adaptive and (r != "alpha" or weight_decay))
         size = dim // heads
+        self.size = size
+        # What the token is mapped to, in the order of the rows of ``in_proj``.
+        self.widths = dict.fromkeys(VECTORS, self.memory_heads * size) | {"gate": dim}
+        if counting_heads:
+            self.widths["count"] = counting_heads * size
         group = dict(
-            heads=heads,
+            heads=self.memory_heads,
             size=size,
             depth=memory_depth,
             width=memory_width or size,
@@ -182,21 +193,21 @@ class SelfModifyingTitans(nn.Module):
         )
         scalars = ("eta", "alpha") if weight_decay else ("eta",)
         self.fixed_scalars = [r for r in scalars if r not in self.adaptive]
-        self.in_proj = nn.Linear(dim, dim * len(STREAMS), bias=False)
-        self.conv = CausalConv(dim * len(STREAMS), conv_size)
+        self.in_proj = nn.Linear(dim, sum(self.widths.values()), bias=False)
+        self.conv = CausalConv(sum(self.widths.values()), conv_size)
         self.scalar_proj = (
-            nn.Linear(dim, heads * len(self.fixed_scalars), bias=False)
+            nn.Linear(dim, self.memory_heads * len(self.fixed_scalars), bias=False)
             if self.fixed_scalars
             else None
         )
         lives = (half_lives[0], half_lives[1])
-        self.gates = Gates(heads, eta_max, weight_decay, lives, write_threshold)
+        self.gates = Gates(self.memory_heads, eta_max, weight_decay, lives, write_threshold)
         self.projections = (
             ProjectionMemories(self.adaptive, chunk=projection_chunk, **group)
             if self.adaptive
             else None
         )
-        self.memory = MainMemory(readout, main, chunk=memory_chunk, **group)
+        self.memory = MainMemory(readout, chunk=memory_chunk, **group)
         self.norm_weight = nn.Parameter(torch.ones(heads, size))
         self.out_proj = nn.Linear(dim, dim, bias=False)
         self.reset_parameters()
@@ -213,8 +224,7 @@ class SelfModifyingTitans(nn.Module):
         """
         if self.conv_size < 2:
             return
-        taps = dict(zip(STREAMS, self.conv.weight.chunk(len(STREAMS)), strict=True))
-        maps = dict(zip(STREAMS, self.in_proj.weight.chunk(len(STREAMS)), strict=True))
+        taps, maps = self._streams(self.conv.weight, 0), self._streams(self.in_proj.weight, 0)
         taps["gate"][..., :-1].uniform_(-0.5, 0.5)
         look_back(taps["k"], maps["k"], maps["q"])
 
@@ -232,6 +242,11 @@ class SelfModifyingTitans(nn.Module):
             if self.projections is None
             else self.projections.init_state(batch_size, wide(dtype)),
             self.memory.init_state(batch_size, wide(dtype)),
+            self.in_proj.weight.new_zeros(
+                (batch_size, self.counting_heads, self.size), dtype=wide(dtype)
+            )
+            if self.counting_heads
+            else None,
         )
         return state if device is None else state.to(device)
 
@@ -259,20 +274,23 @@ class SelfModifyingTitans(nn.Module):
         batch, length, _ = x.shape
         state = self.init_state(batch, dtype=x.dtype) if state is None else state
         conv, history = self.conv(self.in_proj(x), state.history)
-        *streams, gate = conv.chunk(len(STREAMS), -1)
+        streams = self._streams(conv, -1)
         # Fast weights are accumulated sums: float32 at least, whatever the layer runs in.
         with torch.autocast(x.device.type, enabled=False):
-            inputs = {n: self._heads(s) for n, s in zip(STREAMS, streams, strict=False)}
+            inputs = {n: self._heads(streams[n]) for n in VECTORS}
             if self.scalar_proj is not None:
                 scalars = self.scalar_proj(x.to(self.scalar_proj.weight.dtype))
-                scalars = scalars.to(wide(x.dtype)).mT.unflatten(1, (-1, self.heads))
+                scalars = scalars.to(wide(x.dtype)).mT.unflatten(1, (-1, self.memory_heads))
                 inputs |= dict(zip(self.fixed_scalars, scalars.unbind(1), strict=True))
             out, projections, memory = self._memories(inputs, state)
-            out = F.rms_norm(out, (out.shape[-1],), eps=1e-6)
+            out, sums = F.rms_norm(out, (out.shape[-1],), eps=1e-6), state.sums
+            if sums is not None:
+                counted, sums = count(self._heads(streams["count"]), sums, memory.frozen)
+                out = torch.cat([out, counted], 1)
             out = out * self.norm_weight.to(out.dtype)[:, None]
-            out = out.transpose(1, 2).flatten(2).to(gate.dtype)
-        y = self.out_proj(out * F.silu(gate))
-        return y.to(x.dtype), SelfModifyingState(history, projections, memory)
+            out = out.transpose(1, 2).flatten(2).to(conv.dtype)
+        y = self.out_proj(out * F.silu(streams["gate"]))
+        return y.to(x.dtype), SelfModifyingState(history, projections, memory, sums)
 
     def _memories(
         self, inputs: dict[str, Tensor], state: SelfModifyingState
@@ -291,13 +309,19 @@ class SelfModifyingTitans(nn.Module):
         (out,), memory = scan(self.memory, state.memory, roles, self.checkpoint_chunks)
         return out, projections, memory
 
+    def _streams(self, joined: Tensor, axis: int) -> dict[str, Tensor]:
+        """The parts of what has the rows of ``in_proj`` along an axis, by name."""
+        parts = joined.split(list(self.widths.values()), axis)
+        return dict(zip(self.widths, parts, strict=True))
+
     def _heads(self, x: Tensor) -> Tensor:
-        """``(B, T, D) -> (B, H, T, d)`` in the memories' type."""
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2).to(wide(x.dtype))
+        """``(B, T, H d) -> (B, H, T, d)`` in the memories' type."""
+        return x.unflatten(-1, (-1, self.size)).transpose(1, 2).to(wide(x.dtype))
 
     def extra_repr(self) -> str:
         """Shown by ``print(layer)``."""
-        return f"dim={self.dim}, heads={self.heads}, adaptive={self.adaptive}"
+        counting = f", counting_heads={self.counting_heads}" if self.counting_heads else ""
+        return f"dim={self.dim}, heads={self.heads}, adaptive={self.adaptive}{counting}"
 
 
 def look_back(taps: Tensor, key_map: Tensor, query_map: Tensor) -> None:

@@ -77,7 +77,6 @@ _YES_NO = (
 _SELF_MODIFYING = (
     "memory_depth",
     "memory_width",
-    "memory_main",
     "memory_objective",
     "memory_readout",
     "memory_rule",
@@ -91,6 +90,7 @@ _SELF_MODIFYING = (
     "eta_max",
     "write_threshold",
     "write_cost",
+    "counting_heads",
 )
 
 
@@ -106,8 +106,6 @@ class HopeConfig(PreTrainedConfig):
             ``nestlearn.nn.mixers.MIXERS``), or a list of names that the layers take turns in;
             ``"samba"`` is ``["mamba2", "attention"]`` with a window.
         memory_depth, memory_width: layers of each memory; hidden width per head (None: head size).
-        memory_main: the memory that answers is the ``"same"`` as those that generate its keys and
-            values, or a ``"sum"``, which counts (see `nestlearn.nn.SelfModifyingTitans`).
         memory_chunk: tokens between two writes of the memory; None: what is usual for the mixer
             (64, for TTT 16). projection_chunk: the same for the memories that generate keys,
             values, eta and alpha (SPEC §5). 1 is the exact recurrence.
@@ -120,6 +118,8 @@ class HopeConfig(PreTrainedConfig):
         memory_truncate: let no training gradient pass a chunk's boundary.
         memory_adaptive: which projections are memories, of ``"k", "v", "q", "eta", "alpha"``.
         eta_max: largest inner learning rate; conv_size: window of the causal convolution.
+        counting_heads: so many of the heads are plain sums, which count
+            (`nestlearn.nn.counting`).
         write_threshold: tokens whose write gate is not above it write exactly nothing, in [0, 1).
         write_cost: what a lasting write adds to the training loss, in nats (see
             `nestlearn.nn.write_cost`); like the loss it is divided by the number of labels.
@@ -150,7 +150,6 @@ class HopeConfig(PreTrainedConfig):
     mixer: str | list[str] | tuple[str, ...] = "self_modifying"
     memory_depth: int = 2
     memory_width: int | None = None
-    memory_main: str = "same"
     memory_chunk: int | None = None
     projection_chunk: int = 64
     memory_objective: str = "dot"
@@ -165,6 +164,7 @@ class HopeConfig(PreTrainedConfig):
     memory_adaptive: list[str] | tuple[str, ...] = ("k", "v", "eta", "alpha")
     eta_max: float = 8.0
     write_threshold: float = 0.0
+    counting_heads: int = 0
     write_cost: float = 0.0
     conv_size: int = 4
     sliding_window: int | None = None
@@ -284,7 +284,6 @@ class HopeConfig(PreTrainedConfig):
             value = getattr(self, field)
             _require(isinstance(value, bool), field, value, "True or False")
         for field, choices in {
-            "memory_main": ("same", "sum"),
             "memory_objective": ("dot", "l2"),
             "memory_readout": ("chunk", "token"),
             "memory_rule": ("dgd", "gd"),
@@ -321,12 +320,18 @@ class HopeConfig(PreTrainedConfig):
         act = self.hidden_act
         _require(act in acts, "hidden_act", act, f"one of {', '.join(acts)}")
         self._check_ownership()
-        heads = self.num_attention_heads
+        heads, counting = self.num_attention_heads, self.counting_heads
         _require(
             self.hidden_size % heads == 0,
             "hidden_size",
             self.hidden_size,
             f"a multiple of num_attention_heads={heads}",
+        )
+        _require(
+            type(counting) is int and 0 <= counting < heads,
+            "counting_heads",
+            counting,
+            f"an integer from 0 to {heads - 1}: one head must modify itself",
         )
         for field in ("pad_token_id", "bos_token_id", "eos_token_id"):
             value = getattr(self, field)

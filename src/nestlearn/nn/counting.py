@@ -1,0 +1,36 @@
+"""Heads that count: a memory with a single key, which is a plain sum (SPEC §1)."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def count(values: Tensor, start: Tensor, frozen: bool = False) -> tuple[Tensor, Tensor]:
+    """A memory with one key, which is added to and never rewritten, read after every token.
+
+        M_t = M_{t-1} - ∇_M (-<M, v_t>) = M_{t-1} + v_t        o_t = M_t / (1 + |M_t|)  (by element)
+
+    The read-out tells small sums apart, where a count is decided, and is bounded: zero and one
+    look the same however large another count has become.
+
+    Args:
+        values: v, ``(B, H, T, d)``; whole numbers in float32 are exact up to 2²⁴.
+        start: M before the first of them, ``(B, H, d)``.
+        frozen: read M, and do not write.
+
+    Returns:
+        The outputs ``(B, H, T, d)`` and M after the last token.
+
+    Source: **our choice**; docs/results.md Table 5.
+
+    Example:
+        >>> import torch
+        >>> v = torch.tensor([1.0, 1.0, 1.0, -1.0]).view(1, 1, 4, 1)
+        >>> out, after = count(v, torch.zeros(1, 1, 1))
+        >>> [round(o, 2) for o in out.flatten().tolist()], after.item()
+        ([0.5, 0.67, 0.75, 0.67], 2.0)
+    """
+    before = start.unsqueeze(2)
+    sums = before.expand_as(values) if frozen else before + values.cumsum(2)
+    return F.softsign(sums), sums[:, :, -1]
