@@ -22,6 +22,10 @@ from nestlearn.nn.self_write import WriteRule
 from nestlearn.nn.write_cost import record
 from nestlearn.rules.decay import wide
 
+# What the sums of counting heads are read with before training, where the other heads' answers are
+# read with 1: what a count can decide is then learned from it first (docs/results.md Table 5).
+LOUD = 4.0
+
 
 @dataclasses.dataclass
 class SelfModifyingState(State):
@@ -208,13 +212,13 @@ class SelfModifyingTitans(nn.Module):
             else None
         )
         self.memory = MainMemory(readout, chunk=memory_chunk, **group)
-        self.norm_weight = nn.Parameter(torch.ones(heads, size))
+        self.norm_weight = nn.Parameter(torch.empty(heads, size))
         self.out_proj = nn.Linear(dim, dim, bias=False)
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Start as a memory of what followed what.
+        """Start as a memory of what followed what, and with sums that are heard.
 
         Keys are made of the token before, values of the token itself; queries are projected as
         keys are, but from the token itself. So the memory answers a token with what came after it
@@ -222,6 +226,8 @@ class SelfModifyingTitans(nn.Module):
         all (docs/results.md). The gate begins with a wider mixture of the last tokens than the
         convolution's own.
         """
+        self.norm_weight.fill_(1.0)
+        self.norm_weight[self.memory_heads :] = LOUD
         if self.conv_size < 2:
             return
         taps, maps = self._streams(self.conv.weight, 0), self._streams(self.in_proj.weight, 0)
