@@ -28,7 +28,7 @@ VARIANTS = {
         "memory_chunk": 1,
     },
     "self_modifying, without the CPU kernel": {},
-    "self_modifying, counting": {"counting_heads": 1},
+    "self_modifying, counting": {"counters": 3},
     "self_modifying, no projections": {"memory_adaptive": [], "projection_chunk": 1},
     "attention, windowed": {"sliding_window": 6},
     "titans_mag, windowed": {"sliding_window": 4},

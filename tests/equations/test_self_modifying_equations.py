@@ -42,8 +42,8 @@ VARIANTS = [
     {"truncate": True, "readout": "token", "rule": "gd", "objective": "l2"},
     {"truncate": True, "readout": "token", "retention": "zero", "memory_chunk": 2},
     {"retention": "zero", "memory_chunk": 1, "projection_chunk": 1},
-    {"counting_heads": 1},
-    {"counting_heads": 1, "memory_chunk": 1, "projection_chunk": 1, "adaptive": ()},
+    {"counters": 4},
+    {"counters": 1, "memory_chunk": 1, "projection_chunk": 1, "adaptive": ()},
 ]
 
 
@@ -124,14 +124,13 @@ def oracle(layer, x):
     conv = torch.stack(
         [(padded[:, t : t + layer.conv_size].mT * kernel).sum(-1) for t in range(x.shape[1])], 1
     )
-    counting = layer.counting_heads * size
-    widths = [DIM - counting] * 3 + [DIM, counting]
+    widths = [DIM] * 3 + [DIM + layer.counters, layer.counters]
     streams = dict(zip(("k", "v", "q", "gate", "count"), conv.split(widths, -1), strict=True))
     group, main = layer.projections, layer.memory
     rows = []
     for b in range(len(x)):
         heads = []
-        for h in range(HEADS - layer.counting_heads):
+        for h in range(HEADS):
             cut = slice(h * size, (h + 1) * size)
             beta = None if main.momentum_logit is None else main.momentum_logit[h].sigmoid()
             memories = {}
@@ -154,8 +153,8 @@ def oracle(layer, x):
                         y = answer(memories[role].start, unit(streams["v"][b, t, cut]))
                         raw[role] = group.readout[role][h] @ y
                     elif role in layer.fixed_scalars:
-                        fixed = layer.scalar_proj(x[b, t]).view(len(layer.fixed_scalars), -1)
-                        raw[role] = fixed[layer.fixed_scalars.index(role), h]
+                        fixed = layer.scalar_proj(x[b, t])
+                        raw[role] = fixed[layer.fixed_scalars.index(role) * HEADS + h]
                 k, v, q = unit(raw["k"]), unit(raw["v"]), unit(raw["q"])
                 eta = layer.gates.eta_max * torch.sigmoid(raw["eta"] + layer.gates.eta_bias[h])
                 alpha = x.new_ones(())
@@ -168,21 +167,22 @@ def oracle(layer, x):
                 o = o * torch.rsqrt(o.square().mean() + 1e-6) * layer.norm_weight[h]
                 outs.append(o * F.silu(streams["gate"][b, t, cut]))
             heads.append(torch.stack(outs))
-        if counting:
-            heads.append(counted(streams["count"][b], layer.norm_weight[-1], streams["gate"][b]))
+        if layer.counters:
+            gate = streams["gate"][b, :, DIM:]
+            heads.append(counted(streams["count"][b]) * layer.count_weight * F.silu(gate))
         rows.append(torch.cat(heads, -1))
     return layer.out_proj(torch.stack(rows))
 
 
-def counted(values, scale, gate):
-    """The last head: gradient descent on -<M 1, v>, one step a token."""
+def counted(values):
+    """The counters: gradient descent on -<M 1, v>, one step a token."""
     outs, M = [], values.new_zeros(values.shape[1], 1).requires_grad_()
-    for v, g in zip(values, gate, strict=True):
+    for v in values:
         alias = M * 1
         loss = -((alias @ values.new_ones(1)) * v).sum()
         M = M - torch.autograd.grad(loss, alias, create_graph=True)[0]
         read = M @ values.new_ones(1)
-        outs.append(read / (1 + read.abs()) * scale * F.silu(g[-len(scale) :]))
+        outs.append(read / (1 + read.abs()))
     return torch.stack(outs)
 
 

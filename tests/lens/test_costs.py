@@ -228,7 +228,7 @@ def test_state_of_slow_levels() -> None:
         lambda: nl.nn.NeuralMemory(16, 2, preset="atlas"),
         lambda: nl.nn.NeuralMemory(16, 2, preset="gated_deltanet"),
         lambda: nl.nn.SelfModifyingTitans(16, 2, momentum=True),
-        lambda: nl.nn.SelfModifyingTitans(16, 2, counting_heads=1),
+        lambda: nl.nn.SelfModifyingTitans(16, 2, counters=3),
         *(
             lambda name=name: build_mixer(name, make_config(name))
             for name in ("comba", "rwkv7", "mamba2", "lstm", "srwm", "titans_mac")

@@ -126,8 +126,7 @@ def test_writing_matters():
         ({"truncate": True, "momentum": True}, "momentum False"),
         ({"half_lives": (10, 5)}, "shortest, longest"),
         ({"rule": "sgd"}, "unknown rule"),
-        ({"counting_heads": 2}, r"counting_heads must be in \[0, 2\)"),
-        ({"counting_heads": -1}, "one head must be a memory that modifies itself"),
+        ({"counters": -1}, "counters must be at least 0, got -1"),
         ({"adaptive": ("k", "w")}, "unknown adaptive role 'w'"),
         ({"memory_chunk": 0}, "memory_chunk must be at least 1"),
         ({"projection_chunk": -1}, "projection_chunk must be at least 1"),
@@ -184,32 +183,48 @@ def test_a_long_constant_stream_leaves_no_denormal_numbers():
 
 def test_a_count_is_exact_at_any_length():
     """Ones and minus ones in turns, after 100,000 tokens of them, and with another count beside."""
-    values = torch.tensor([[1.0, 0.0], [-1.0, 1.0]]).repeat(50_000, 1)[None, None]
-    out, sums = count(values, torch.zeros(1, 1, 2))
-    assert torch.equal(out[0, 0, :, 0], torch.tensor([0.5, 0.0]).repeat(50_000))
-    assert sums.tolist() == [[[0.0, 50_000.0]]] and out.max() < 1
+    values = torch.tensor([[1.0, 0.0], [-1.0, 1.0]]).repeat(50_000, 1)[None]
+    out, sums = count(values, torch.zeros(1, 2))
+    assert torch.equal(out[0, :, 0], torch.tensor([0.5, 0.0]).repeat(50_000))
+    assert sums.tolist() == [[0.0, 50_000.0]] and out.max() < 1
 
 
-def test_frozen_counting_heads_read_and_do_not_count():
-    layer = SelfModifyingTitans(16, 2, counting_heads=1)
+def test_frozen_counters_are_read_and_do_not_count():
+    layer = SelfModifyingTitans(16, 2, counters=3)
     x, y = torch.randn(2, 9, 16), torch.randn(2, 6, 16)
     with torch.no_grad():
         _, state = layer(x)
         _, after = layer(y, state.freeze())
         assert torch.equal(after.sums, state.sums)
-        out, _ = count(torch.randn(2, 1, 6, 8), state.sums, frozen=True)
+        out, _ = count(torch.randn(2, 6, 3), state.sums, frozen=True)
     held = state.sums / (1 + state.sums.abs())
-    torch.testing.assert_close(out, held.unsqueeze(2).expand(2, 1, 6, 8))
+    torch.testing.assert_close(out, held.unsqueeze(1).expand(2, 6, 3))
 
 
-def test_counting_heads_stay_finite():
-    layer = SelfModifyingTitans(16, 2, counting_heads=1)
+def test_counters_stay_finite():
+    layer = SelfModifyingTitans(16, 2, counters=3)
     x = torch.full((1, 8, 16), 1e25, requires_grad=True)
     y, state = layer(x)
     y.sum().backward()
     assert state.sums.abs().max() > 1e20
     assert y.isfinite().all() and x.grad.isfinite().all()
     assert all(p.grad.isfinite().all() for p in layer.parameters())
+
+
+def test_counters_leave_the_heads_as_they_are():
+    layer, with_counters = SelfModifyingTitans(16, 2), SelfModifyingTitans(16, 2, counters=3)
+    state = with_counters.state_dict()
+    for name, w in layer.state_dict().items():
+        part = state[name]
+        if name in ("in_proj.weight", "conv.weight"):  # rows k, v, q, gate, the counters' own
+            part[: len(w)] = w
+        elif name == "out_proj.weight":
+            part[:, :16], part[:, 16:] = w, 0
+        else:
+            part.copy_(w)
+    with_counters.load_state_dict(state)
+    x = torch.randn(2, 11, 16)
+    torch.testing.assert_close(with_counters(x)[0], layer(x)[0])
 
 
 @pytest.mark.parametrize("kernel", [True, False])

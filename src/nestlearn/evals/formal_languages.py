@@ -178,16 +178,16 @@ class FormalLanguages(Trained):
     # Not among `own_fields`, with which the other systems were measured.
     compared = {
         **SYSTEMS,
-        "hope_counting": System(
-            SYSTEMS["hope_counting"].label,
-            {**SYSTEMS["hope_counting"].fields, **own_fields["hope"]},
+        "hope_counters": System(
+            SYSTEMS["hope_counters"].label,
+            {**SYSTEMS["hope_counters"].fields, **own_fields["hope"]},
         ),
     }
     plans = {
         "tiny": Plan(
             Size(64, 1, 2), steps=500, batch=32, lrs=(3e-3, 1e-2), weight_decays=(0.0,),
             systems=("transformer", "linear_attention", "deltanet", "gated_deltanet", "titans",
-                     "hope_attention", "hope", "hope_counting"),
+                     "hope_attention", "hope", "hope_counters"),
             examples=200,
         ),
         "small": Plan(

@@ -183,7 +183,7 @@ def _self_modifying(module: SelfModifyingTitans, scope: Scope) -> Found:
     if state.sums is not None:
         boxes.append(
             FastBox(
-                "counting heads",
+                "counters",
                 RULES["hebbian"] + ", with one key",
                 "values of the tokens of one sequence",
                 ("M",),

@@ -1,4 +1,4 @@
-"""Heads that count: a memory with a single key, which is a plain sum (SPEC §1)."""
+"""Channels that count: a memory with a single key, which is a plain sum (SPEC §1)."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ def count(values: Tensor, start: Tensor, frozen: bool = False) -> tuple[Tensor, 
     look the same however large another count has become.
 
     Args:
-        values: v, ``(B, H, T, d)``; whole numbers in float32 are exact up to 2²⁴.
-        start: M before the first of them, ``(B, H, d)``.
+        values: v, ``(B, T, C)``; whole numbers in float32 are exact up to 2²⁴.
+        start: M before the first of them, ``(B, C)``.
         frozen: read M, and do not write.
 
     Returns:
-        The outputs ``(B, H, T, d)`` and M after the last token.
+        The outputs ``(B, T, C)`` and M after the last token.
 
     Source: **our choice**; docs/results.md Table 5.
 
     Example:
         >>> import torch
-        >>> v = torch.tensor([1.0, 1.0, 1.0, -1.0]).view(1, 1, 4, 1)
-        >>> out, after = count(v, torch.zeros(1, 1, 1))
+        >>> v = torch.tensor([1.0, 1.0, 1.0, -1.0]).view(1, 4, 1)
+        >>> out, after = count(v, torch.zeros(1, 1))
         >>> [round(o, 2) for o in out.flatten().tolist()], after.item()
         ([0.5, 0.67, 0.75, 0.67], 2.0)
     """
-    before = start.unsqueeze(2)
-    sums = before.expand_as(values) if frozen else before + values.cumsum(2)
-    return F.softsign(sums), sums[:, :, -1]
+    before = start.unsqueeze(1)
+    sums = before.expand_as(values) if frozen else before + values.cumsum(1)
+    return F.softsign(sums), sums[:, -1]

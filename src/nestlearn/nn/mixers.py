@@ -52,7 +52,7 @@ def _self_modifying(config: Any) -> nn.Module:
         adaptive=tuple(config.memory_adaptive),
         eta_max=config.eta_max,
         write_threshold=config.write_threshold,
-        counting_heads=config.counting_heads,
+        counters=config.counters,
         conv_size=config.conv_size,
     )
 

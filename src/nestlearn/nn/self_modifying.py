@@ -22,8 +22,8 @@ from nestlearn.nn.self_write import WriteRule
 from nestlearn.nn.write_cost import record
 from nestlearn.rules.decay import wide
 
-# What the sums of counting heads are read with before training, where the other heads' answers are
-# read with 1: what a count can decide is then learned from it first (docs/results.md Table 5).
+# What counters are read with before training, where the heads' answers are read with 1: what a
+# count can decide is then learned from it first (docs/results.md Table 5).
 LOUD = 4.0
 
 
@@ -35,7 +35,7 @@ class SelfModifyingState(State):
         history: last inputs of the convolution, ``(B, W-1, ·)``: the streams, side by side.
         projections: the memories M_k, M_v, … in the order of ``adaptive``; None if there are none.
         memory: the main memory M_mem.
-        sums: of the counting heads, ``(B, counting_heads, d)``; None if there are none.
+        sums: of the counters, ``(B, counters)``; None if there are none.
     """
 
     history: Tensor
@@ -99,10 +99,9 @@ class SelfModifyingTitans(nn.Module):
             for α; ``η = η_max max(0, gate - c) / (1 - c)``. The outer gradient of M_mem's writes
             ignores the max: training can open a gate again. **Our choice**, off by default.
         conv_size: window of the causal convolution behind the maps to heads.
-        counting_heads: so many of the heads, the last ones, have none of these memories and are
-            plain sums, ``M_t = M_{t-1} + v_t`` (`nestlearn.nn.counting`): they count further than
-            they were trained to, where memories that are bounded saturate. **Our choice**, off by
-            default.
+        counters: channels beside the heads that are plain sums, ``M_t = M_{t-1} + v_t``
+            (`nestlearn.nn.counting`): they count further than they were trained to, where memories
+            that are bounded saturate. **Our choice**, off by default.
         checkpoint_chunks: > 0: recompute activations in the backward pass, so many chunks at once.
 
     Shapes: ``forward(x (B, T, D), state=None, mask=None) -> (y (B, T, D), state)``; ``mask (B, T)``
@@ -144,7 +143,7 @@ class SelfModifyingTitans(nn.Module):
         eta_max: float = 8.0,
         write_threshold: float = 0.0,
         conv_size: int = 4,
-        counting_heads: int = 0,
+        counters: int = 0,
         checkpoint_chunks: int = 0,
     ):
         super().__init__()
@@ -171,23 +170,19 @@ class SelfModifyingTitans(nn.Module):
             raise ValueError(f"eta_max must be positive, got {eta_max}")
         if not 0 <= write_threshold < 1:
             raise ValueError(f"write_threshold must be in [0, 1), got {write_threshold}")
-        if not 0 <= counting_heads < heads:
-            raise ValueError(
-                f"counting_heads must be in [0, {heads}): one head must be a memory that modifies "
-                f"itself, got {counting_heads}"
-            )
+        if counters < 0:
+            raise ValueError(f"counters must be at least 0, got {counters}")
         self.dim, self.heads, self.conv_size = dim, heads, conv_size
-        self.counting_heads, self.memory_heads = counting_heads, heads - counting_heads
+        self.counters = counters
         self.checkpoint_chunks = checkpoint_chunks
         self.adaptive = tuple(r for r in ROLES if r in adaptive and (r != "alpha" or weight_decay))
         size = dim // heads
-        self.size = size
         # What the token is mapped to, in the order of the rows of ``in_proj``.
-        self.widths = dict.fromkeys(VECTORS, self.memory_heads * size) | {"gate": dim}
-        if counting_heads:
-            self.widths["count"] = counting_heads * size
+        self.widths = {**dict.fromkeys(VECTORS, dim), "gate": dim + counters}
+        if counters:
+            self.widths["count"] = counters
         group = dict(
-            heads=self.memory_heads,
+            heads=heads,
             size=size,
             depth=memory_depth,
             width=memory_width or size,
@@ -200,25 +195,26 @@ class SelfModifyingTitans(nn.Module):
         self.in_proj = nn.Linear(dim, sum(self.widths.values()), bias=False)
         self.conv = CausalConv(sum(self.widths.values()), conv_size)
         self.scalar_proj = (
-            nn.Linear(dim, self.memory_heads * len(self.fixed_scalars), bias=False)
+            nn.Linear(dim, heads * len(self.fixed_scalars), bias=False)
             if self.fixed_scalars
             else None
         )
         lives = (half_lives[0], half_lives[1])
-        self.gates = Gates(self.memory_heads, eta_max, weight_decay, lives, write_threshold)
+        self.gates = Gates(heads, eta_max, weight_decay, lives, write_threshold)
         self.projections = (
             ProjectionMemories(self.adaptive, chunk=projection_chunk, **group)
             if self.adaptive
             else None
         )
         self.memory = MainMemory(readout, chunk=memory_chunk, **group)
-        self.norm_weight = nn.Parameter(torch.empty(heads, size))
-        self.out_proj = nn.Linear(dim, dim, bias=False)
+        self.norm_weight = nn.Parameter(torch.ones(heads, size))
+        self.count_weight = nn.Parameter(torch.full((counters,), LOUD)) if counters else None
+        self.out_proj = nn.Linear(dim + counters, dim, bias=False)
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Start as a memory of what followed what, and with sums that are heard.
+        """Start as a memory of what followed what.
 
         Keys are made of the token before, values of the token itself; queries are projected as
         keys are, but from the token itself. So the memory answers a token with what came after it
@@ -226,8 +222,6 @@ class SelfModifyingTitans(nn.Module):
         all (docs/results.md). The gate begins with a wider mixture of the last tokens than the
         convolution's own.
         """
-        self.norm_weight.fill_(1.0)
-        self.norm_weight[self.memory_heads :] = LOUD
         if self.conv_size < 2:
             return
         taps, maps = self._streams(self.conv.weight, 0), self._streams(self.in_proj.weight, 0)
@@ -248,10 +242,8 @@ class SelfModifyingTitans(nn.Module):
             if self.projections is None
             else self.projections.init_state(batch_size, wide(dtype)),
             self.memory.init_state(batch_size, wide(dtype)),
-            self.in_proj.weight.new_zeros(
-                (batch_size, self.counting_heads, self.size), dtype=wide(dtype)
-            )
-            if self.counting_heads
+            self.in_proj.weight.new_zeros((batch_size, self.counters), dtype=wide(dtype))
+            if self.counters
             else None,
         )
         return state if device is None else state.to(device)
@@ -286,15 +278,16 @@ class SelfModifyingTitans(nn.Module):
             inputs = {n: self._heads(streams[n]) for n in VECTORS}
             if self.scalar_proj is not None:
                 scalars = self.scalar_proj(x.to(self.scalar_proj.weight.dtype))
-                scalars = scalars.to(wide(x.dtype)).mT.unflatten(1, (-1, self.memory_heads))
+                scalars = scalars.to(wide(x.dtype)).mT.unflatten(1, (-1, self.heads))
                 inputs |= dict(zip(self.fixed_scalars, scalars.unbind(1), strict=True))
             out, projections, memory = self._memories(inputs, state)
-            out, sums = F.rms_norm(out, (out.shape[-1],), eps=1e-6), state.sums
-            if sums is not None:
-                counted, sums = count(self._heads(streams["count"]), sums, memory.frozen)
-                out = torch.cat([out, counted], 1)
+            out = F.rms_norm(out, (out.shape[-1],), eps=1e-6)
             out = out * self.norm_weight.to(out.dtype)[:, None]
-            out = out.transpose(1, 2).flatten(2).to(conv.dtype)
+            out, sums = out.transpose(1, 2).flatten(2), state.sums
+            if sums is not None and self.count_weight is not None:
+                counted, sums = count(streams["count"].to(sums.dtype), sums, memory.frozen)
+                out = torch.cat([out, counted * self.count_weight.to(out.dtype)], -1)
+            out = out.to(conv.dtype)
         y = self.out_proj(out * F.silu(streams["gate"]))
         return y.to(x.dtype), SelfModifyingState(history, projections, memory, sums)
 
@@ -321,12 +314,12 @@ class SelfModifyingTitans(nn.Module):
         return dict(zip(self.widths, parts, strict=True))
 
     def _heads(self, x: Tensor) -> Tensor:
-        """``(B, T, H d) -> (B, H, T, d)`` in the memories' type."""
-        return x.unflatten(-1, (-1, self.size)).transpose(1, 2).to(wide(x.dtype))
+        """``(B, T, D) -> (B, H, T, d)`` in the memories' type."""
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2).to(wide(x.dtype))
 
     def extra_repr(self) -> str:
         """Shown by ``print(layer)``."""
-        counting = f", counting_heads={self.counting_heads}" if self.counting_heads else ""
+        counting = f", counters={self.counters}" if self.counters else ""
         return f"dim={self.dim}, heads={self.heads}, adaptive={self.adaptive}{counting}"
 
 

@@ -49,13 +49,13 @@ SYSTEMS: dict[str, System] = {
         "Hope-Attention", {"mixer": "attention", "cms_periods": (1, 4)}, attention=True
     ),
     "hope": System("Hope", {"mixer": "self_modifying", "cms_periods": (1, 4)}),
-    "hope_counting": System(
-        "Hope (a counting head)",
-        {"mixer": "self_modifying", "cms_periods": (1, 4), "counting_heads": 1},
+    "hope_counters": System(
+        "Hope (counters)",
+        {"mixer": "self_modifying", "cms_periods": (1, 4), "counters": 16},
     ),
 }
-"""Hope differs from the others in its mixer and in its MLPs' levels (CMS). With a counting head its
-last head is a plain sum (`nestlearn.nn.counting`)."""
+"""Hope differs from the others in its mixer and in its MLPs' levels (CMS). Counters are plain
+sums beside its heads (`nestlearn.nn.counting`)."""
 
 
 @dataclasses.dataclass(frozen=True)

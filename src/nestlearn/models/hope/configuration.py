@@ -90,7 +90,7 @@ _SELF_MODIFYING = (
     "eta_max",
     "write_threshold",
     "write_cost",
-    "counting_heads",
+    "counters",
 )
 
 
@@ -118,7 +118,7 @@ class HopeConfig(PreTrainedConfig):
         memory_truncate: let no training gradient pass a chunk's boundary.
         memory_adaptive: which projections are memories, of ``"k", "v", "q", "eta", "alpha"``.
         eta_max: largest inner learning rate; conv_size: window of the causal convolution.
-        counting_heads: so many of the heads are plain sums, which count
+        counters: channels beside the heads that are plain sums, which count
             (`nestlearn.nn.counting`).
         write_threshold: tokens whose write gate is not above it write exactly nothing, in [0, 1).
         write_cost: what a lasting write adds to the training loss, in nats (see
@@ -164,7 +164,7 @@ class HopeConfig(PreTrainedConfig):
     memory_adaptive: list[str] | tuple[str, ...] = ("k", "v", "eta", "alpha")
     eta_max: float = 8.0
     write_threshold: float = 0.0
-    counting_heads: int = 0
+    counters: int = 0
     write_cost: float = 0.0
     conv_size: int = 4
     sliding_window: int | None = None
@@ -320,19 +320,15 @@ class HopeConfig(PreTrainedConfig):
         act = self.hidden_act
         _require(act in acts, "hidden_act", act, f"one of {', '.join(acts)}")
         self._check_ownership()
-        heads, counting = self.num_attention_heads, self.counting_heads
+        heads, counters = self.num_attention_heads, self.counters
         _require(
             self.hidden_size % heads == 0,
             "hidden_size",
             self.hidden_size,
             f"a multiple of num_attention_heads={heads}",
         )
-        _require(
-            type(counting) is int and 0 <= counting < heads,
-            "counting_heads",
-            counting,
-            f"an integer from 0 to {heads - 1}: one head must modify itself",
-        )
+        fits = type(counters) is int and counters >= 0
+        _require(fits, "counters", counters, "an integer >= 0")
         for field in ("pad_token_id", "bos_token_id", "eos_token_id"):
             value = getattr(self, field)
             ids = value if isinstance(value, list) else [value]
