@@ -58,6 +58,8 @@ def test_preset_overrides_keep_the_proportions():
         ({"memory_adaptive": ["k", "z"]}, "memory_adaptive"),
         ({"eta_max": float("inf")}, "eta_max"),
         ({"write_threshold": 1}, "write_threshold"),
+        ({"counters": -1}, "counters"),
+        ({"counters": 4, "mixer": "titans"}, "belongs to 'self_modifying'"),
         ({"memory_chunk": 0}, "memory_chunk"),
         ({"memory_momentum": 1}, "memory_momentum"),
         ({"hidden_act": "sillu"}, "hidden_act"),

@@ -7,6 +7,7 @@ and Bin0 have words of 2 to 50 symbols, Bin1 of 51 to 100.
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from nestlearn.evals.harness.experiment import Table, beside
 from nestlearn.evals.harness.results import Results
-from nestlearn.evals.harness.systems import SYSTEMS, Size, System
+from nestlearn.evals.harness.systems import SYSTEMS, Size
 from nestlearn.evals.harness.task import TRAIN, VALIDATION, Batch, Task
 from nestlearn.evals.harness.trained import Plan, Trained
 
@@ -178,9 +179,9 @@ class FormalLanguages(Trained):
     # Not among `own_fields`, with which the other systems were measured.
     compared = {
         **SYSTEMS,
-        "hope_counters": System(
-            SYSTEMS["hope_counters"].label,
-            {**SYSTEMS["hope_counters"].fields, **own_fields["hope"]},
+        "hope_counters": dataclasses.replace(
+            SYSTEMS["hope_counters"],
+            fields={**SYSTEMS["hope_counters"].fields, **own_fields["hope"]},
         ),
     }
     plans = {

@@ -118,11 +118,11 @@ class HopeConfig(PreTrainedConfig):
         memory_truncate: let no training gradient pass a chunk's boundary.
         memory_adaptive: which projections are memories, of ``"k", "v", "q", "eta", "alpha"``.
         eta_max: largest inner learning rate; conv_size: window of the causal convolution.
-        counters: channels beside the heads that are plain sums, which count
-            (`nestlearn.nn.counting`).
         write_threshold: tokens whose write gate is not above it write exactly nothing, in [0, 1).
         write_cost: what a lasting write adds to the training loss, in nats (see
             `nestlearn.nn.write_cost`); like the loss it is divided by the number of labels.
+        counters: channels beside the heads that are plain sums, which count
+            (`nestlearn.nn.counting`).
         sliding_window: attention sees this many latest tokens; None: all, but half of
             ``max_position_embeddings`` in ``"samba"``, ``"titans_mag"`` and ``"titans_mal"``.
         cms_periods: update period of each CMS level in optimizer steps, fastest first; ``[1]`` is a
@@ -164,8 +164,8 @@ class HopeConfig(PreTrainedConfig):
     memory_adaptive: list[str] | tuple[str, ...] = ("k", "v", "eta", "alpha")
     eta_max: float = 8.0
     write_threshold: float = 0.0
-    counters: int = 0
     write_cost: float = 0.0
+    counters: int = 0
     conv_size: int = 4
     sliding_window: int | None = None
     cms_periods: list[int] | tuple[int, ...] = (1,)
@@ -280,6 +280,8 @@ class HopeConfig(PreTrainedConfig):
         _require(fits, "write_threshold", share, "a number in [0, 1)")
         fits = _number(cost) and 0 <= cost < float("inf")
         _require(fits, "write_cost", cost, "a number >= 0")
+        fits = type(self.counters) is int and self.counters >= 0
+        _require(fits, "counters", self.counters, "an integer >= 0")
         for field in _YES_NO:
             value = getattr(self, field)
             _require(isinstance(value, bool), field, value, "True or False")
@@ -320,15 +322,13 @@ class HopeConfig(PreTrainedConfig):
         act = self.hidden_act
         _require(act in acts, "hidden_act", act, f"one of {', '.join(acts)}")
         self._check_ownership()
-        heads, counters = self.num_attention_heads, self.counters
+        heads = self.num_attention_heads
         _require(
             self.hidden_size % heads == 0,
             "hidden_size",
             self.hidden_size,
             f"a multiple of num_attention_heads={heads}",
         )
-        fits = type(counters) is int and counters >= 0
-        _require(fits, "counters", counters, "an integer >= 0")
         for field in ("pad_token_id", "bos_token_id", "eos_token_id"):
             value = getattr(self, field)
             ids = value if isinstance(value, list) else [value]
