@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import html.parser
 import json
 import math
@@ -304,7 +303,7 @@ def test_cells_of_a_system_that_has_changed_are_measured_again(
     both = Request(systems=("transformer", "deltanet"), tasks=("easy",), seeds=1)
     measured(toy, path, both)
     known = {name: SYSTEMS[name] for name in both.systems or ()}
-    wider = dataclasses.replace(known["deltanet"], fields={"mixer": "deltanet", "conv_size": 2})
+    wider = known["deltanet"].but(conv_size=2)
     monkeypatch.setattr(Copying, "compared", {**known, "deltanet": wider})
     capsys.readouterr()
     results = open_results(toy, path, both, 1)

@@ -115,7 +115,7 @@ def test_ablation_leaves_out_one_part_each() -> None:
         loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
         assert torch.isfinite(loss)
-    assert VARIANTS["hope"].fields is SYSTEMS["hope"].fields
+    assert VARIANTS["hope"].fields == SYSTEMS["hope"].fields
 
 
 def test_ablation_signs(data_folder: Path, tmp_path: Path) -> None:

@@ -18,29 +18,23 @@ from nestlearn.evals.harness.results import Results
 from nestlearn.evals.harness.systems import SYSTEMS, System
 from nestlearn.evals.language_models import PLANS, LanguageModels, TextPlan
 
-_FULL: dict[str, Any] = {
-    **SYSTEMS["hope"].fields,
-    "memory_rule": "dgd",
-    "memory_momentum": True,
-    "memory_weight_decay": True,
-    "memory_adaptive": ("k", "v", "q", "eta", "alpha"),
-}
-
-
-def _without(label: str, **fields: Any) -> System:
-    return System(label, {**_FULL, **fields})
-
-
+FULL = SYSTEMS["hope"].but(
+    "Hope, all parts",
+    memory_rule="dgd",
+    memory_momentum=True,
+    memory_weight_decay=True,
+    memory_adaptive=("k", "v", "q", "eta", "alpha"),
+)
 VARIANTS: dict[str, System] = {
-    "full": System("Hope, all parts", _FULL),
-    "no_dgd": _without("w/o DGD", memory_rule="gd"),
-    "no_momentum": _without("w/o momentum", memory_momentum=False),
-    "no_weight_decay": _without("w/o weight decay", memory_weight_decay=False),
-    "no_cms": _without("w/o CMS", cms_periods=(1,)),
-    "no_adaptive_k": _without("w/o adaptive k", memory_adaptive=("v", "q", "eta", "alpha")),
-    "no_adaptive_v": _without("w/o adaptive v", memory_adaptive=("k", "q", "eta", "alpha")),
-    "no_adaptive_q": _without("w/o adaptive q", memory_adaptive=("k", "v", "eta", "alpha")),
-    "hope": System("Hope as it comes (w/o momentum, adaptive q)", SYSTEMS["hope"].fields),
+    "full": FULL,
+    "no_dgd": FULL.but("w/o DGD", memory_rule="gd"),
+    "no_momentum": FULL.but("w/o momentum", memory_momentum=False),
+    "no_weight_decay": FULL.but("w/o weight decay", memory_weight_decay=False),
+    "no_cms": FULL.but("w/o CMS", cms_periods=(1,)),
+    "no_adaptive_k": FULL.but("w/o adaptive k", memory_adaptive=("v", "q", "eta", "alpha")),
+    "no_adaptive_v": FULL.but("w/o adaptive v", memory_adaptive=("k", "q", "eta", "alpha")),
+    "no_adaptive_q": FULL.but("w/o adaptive q", memory_adaptive=("k", "v", "eta", "alpha")),
+    "hope": SYSTEMS["hope"].but("Hope as it comes (w/o momentum, adaptive q)"),
 }
 """Name -> what is left out of the first."""
 

@@ -61,18 +61,15 @@ class BabiLong(Trained):
     compared = {
         **SYSTEMS,
         **{
-            name: dataclasses.replace(SYSTEMS[name], label=f"{SYSTEMS[name].label} (window)")
+            name: SYSTEMS[name].but(f"{SYSTEMS[name].label} (window)")
             for name in ("transformer", "hope_attention")
         },
-        SPARSE: System(
+        SPARSE: SYSTEMS["hope"].but(
             "Hope (few writes)",
-            {
-                **SYSTEMS["hope"].fields,
-                "write_threshold": 0.004,
-                "memory_half_lives": (10_000, 1e25),
-                "conv_size": 8,
-                "write_cost": WRITE_COST,
-            },
+            write_threshold=0.004,
+            memory_half_lives=(10_000, 1e25),
+            conv_size=8,
+            write_cost=WRITE_COST,
         ),
         "rmt": System("RMT", {}),
         "armt": System("ARMT", {}),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Mapping
 from typing import Any
 
 
@@ -19,8 +18,17 @@ class System:
     """
 
     label: str
-    fields: Mapping[str, Any]
+    fields: dict[str, Any]
     attention: bool = False
+
+    def but(self, label: str | None = None, /, **fields: Any) -> System:
+        """The same with other fields, and under another label if one is given.
+
+        Example:
+            >>> SYSTEMS["hope"].but("Hope, one level", cms_periods=(1,)).fields
+            {'mixer': 'self_modifying', 'cms_periods': (1,)}
+        """
+        return dataclasses.replace(self, label=label or self.label, fields=self.fields | fields)
 
 
 SYSTEMS: dict[str, System] = {
@@ -49,13 +57,10 @@ SYSTEMS: dict[str, System] = {
         "Hope-Attention", {"mixer": "attention", "cms_periods": (1, 4)}, attention=True
     ),
     "hope": System("Hope", {"mixer": "self_modifying", "cms_periods": (1, 4)}),
-    "hope_counters": System(
-        "Hope (counters)",
-        {"mixer": "self_modifying", "cms_periods": (1, 4), "counters": 16},
-    ),
 }
 """Hope differs from the others in its mixer and in its MLPs' levels (CMS). Counters are plain
 sums beside its heads (`nestlearn.nn.counting`)."""
+SYSTEMS["hope_counters"] = SYSTEMS["hope"].but("Hope (counters)", counters=16)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -67,8 +67,6 @@ class Trained(Experiment):
     shares_cells = True
 
     plans: Mapping[Scale, Plan]
-    own_fields: Mapping[str, Mapping[str, Any]] = {}
-    """System -> fields of `HopeConfig` that it has in this experiment alone."""
 
     @property
     def plan(self) -> Plan:
@@ -93,15 +91,15 @@ class Trained(Experiment):
 
     def fields(self, system: str, plan: Plan) -> dict[str, Any]:
         """What a system sets in `HopeConfig` here."""
-        own = self.own_fields.get(system, {})
-        return {**plan.fields, **own, **self.compared[system].fields}
+        return {**plan.fields, **self.compared[system].fields}
 
     def settings(self) -> dict[str, Any]:
-        """Everything but which systems and how many seeds, which may grow."""
+        """Everything but what may grow (systems, seeds, learning rates); what a system is made of
+        stands in its rows."""
         plan = dataclasses.asdict(self.plan)
         for name in ("systems", "seeds", "lrs"):
             del plan[name]
-        return {**plan, "own": {k: dict(v) for k, v in self.own_fields.items()}}
+        return plan
 
     # -- cells --------------------------------------------------------------------------------
 
