@@ -258,7 +258,7 @@ class MAD(Trained):
     plans = {
         "tiny": Plan(
             Size(64, 2, 2), steps=2_000, batch=16, lrs=(3e-3,), weight_decays=(0.1,), seeds=1,
-            systems=("transformer", "deltanet", "gated_deltanet", "titans", "hope", "hope_slow"),
+            systems=("transformer", "deltanet", "gated_deltanet", "titans", "hope"),
             examples=320, pool=12_800,
         ),
         "small": Plan(

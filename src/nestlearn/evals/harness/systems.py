@@ -59,12 +59,8 @@ SYSTEMS: dict[str, System] = {
     "hope": System("Hope", {"mixer": "self_modifying", "cms_periods": (1, 4)}),
 }
 """Hope differs from the others in its mixer and in its MLPs' levels (CMS). Counters are plain
-sums beside its heads (`nestlearn.nn.counting`); slow forgetting begins with memories that keep
-half of what was written for 10,000 tokens at least, where Hope's first head begins with 100."""
+sums beside its heads (`nestlearn.nn.counting`)."""
 SYSTEMS["hope_counters"] = SYSTEMS["hope"].but("Hope (counters)", counters=16)
-SYSTEMS["hope_slow"] = SYSTEMS["hope"].but(
-    "Hope (slow forgetting)", memory_half_lives=(10_000.0, 1_000_000.0)
-)
 
 
 @dataclasses.dataclass(frozen=True)
