@@ -253,6 +253,16 @@ class MAD(Trained):
     item = "Table 4"
     title = "MAD: skills on synthetic tasks"
     question = "How well do systems recall, copy, compress and memorise on MAD's synthetic tasks?"
+    # Copying in order follows a state from token to token; memories that are written once in 64
+    # tokens follow it late (docs/results.md).
+    compared = {
+        **SYSTEMS,
+        "titans": SYSTEMS["titans"].but(memory_chunk=16),
+        **{
+            name: SYSTEMS[name].but(memory_chunk=16, projection_chunk=16)
+            for name in ("hope", "hope_counters")
+        },
+    }
     # The benchmark's own sizes are those of "paper": width 128, two mixers and two MLPs, 12,800
     # examples of training (256 for memorisation), 1,280 of test, batches of 128, 200 passes.
     plans = {
