@@ -258,10 +258,8 @@ class MAD(Trained):
     compared = {
         **SYSTEMS,
         "titans": SYSTEMS["titans"].but(memory_chunk=16),
-        **{
-            name: SYSTEMS[name].but(memory_chunk=16, projection_chunk=16)
-            for name in ("hope", "hope_counters")
-        },
+        "hope": SYSTEMS["hope"].but(memory_chunk=16, projection_chunk=16),
+        "hope_counters": SYSTEMS["hope_counters"].but(memory_chunk=16, projection_chunk=16),
     }
     # The benchmark's own sizes are those of "paper": width 128, two mixers and two MLPs, 12,800
     # examples of training (256 for memorisation), 1,280 of test, batches of 128, 200 passes.
@@ -314,7 +312,7 @@ class MAD(Trained):
             known = [b for b in paper if b is not None]
             mean = sum(a for a in five if a is not None) / 5 if None not in five else None
             cells.append(beside(mean, sum(known) / 5 if len(known) == 5 else None))
-            rows.append((SYSTEMS[system].label, *cells))
+            rows.append((self.compared[system].label, *cells))
         names = tuple(task.replace("_", " ") for task in TASKS)
         note = (
             "In brackets: the paper's. The mean leaves noisy recall out, which the paper does not "
@@ -339,7 +337,7 @@ class MAD(Trained):
             found = [(k, self.mean(results, task, system, "test")) for k, task in enumerate(TASKS)]
             places = [k + shift for k, mean in found if mean is not None]
             means = [mean for _, mean in found if mean is not None]
-            axis.bar(places, means, 0.75 / len(systems), label=SYSTEMS[system].label)
+            axis.bar(places, means, 0.75 / len(systems), label=self.compared[system].label)
         axis.set_xticks(range(len(TASKS)), [task.replace("_", " ") for task in TASKS])
         axis.set(ylabel="answers right, %", ylim=(0, 104), title="MAD")
         axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
