@@ -116,11 +116,11 @@ class BabiLong(Trained):
         )
 
     def guided(self, model: Any, cell: dict[str, Any], plan: Plan, data: Losses) -> Losses:
-        """The cost on writes rises."""
+        """The cost on writes of a system that has one rises."""
+        cost = self.fields(cell["system"], plan).get("write_cost", 0.0)
         for step, loss in enumerate(data):
-            if cell["system"] == SPARSE:
-                share = (step / plan.steps - FREE) / (1 - FREE)
-                model.config.write_cost = WRITE_COST * max(0.0, share)
+            if cost:
+                model.config.write_cost = cost * max(0.0, (step / plan.steps - FREE) / (1 - FREE))
             yield loss
 
     def scores(self, model: Any, task: Task, plan: Plan, split: str, seed: int) -> dict[str, Any]:
