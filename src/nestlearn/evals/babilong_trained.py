@@ -23,10 +23,9 @@ from nestlearn.evals.harness.trained import Losses, Plan, Trained
 from nestlearn.evals.recurrent_memory import RecurrentMemoryTransformer
 
 SPARSE = "hope_sparse"
-"""Hope that writes little: no forgetting, a threshold, and a cost on writes. From the start the
-cost keeps it from learning to write at all (docs/results.md), so it begins after `FREE` of the
-training, and rises to `WRITE_COST` nats a write at its end."""
-FREE, WRITE_COST = 0.35, 1e-3
+"""Hope that writes little: no forgetting, a threshold, and a cost on writes (`cost_at`)."""
+WRITE_COST = 1e-3
+"""Nats a write, at its highest."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +50,20 @@ class BabiPlan(Plan):
     vocab_size: int = 1024
     characters: int = 4_000_000
     fields: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {"conv_size": 8})
+
+
+def cost_at(progress: float) -> float:
+    """The share of `WRITE_COST` after a share of the training.
+
+    From the start a cost keeps a memory from learning to write at all. It closes gates, and makes
+    the writes that are left small: when it falls again these grow, and gates that no answer needs
+    stay closed (docs/results.md).
+
+    Example:
+        >>> [round(cost_at(p), 2) for p in (0.0, 0.35, 0.5, 0.675, 0.9, 1.0)]
+        [0.0, 0.0, 0.46, 1.0, 0.38, 0.1]
+    """
+    return float(np.interp(progress, (0.35, 0.675, 1.0), (0.0, 1.0, 0.1)))
 
 
 class BabiLong(Trained):
@@ -116,11 +129,11 @@ class BabiLong(Trained):
         )
 
     def guided(self, model: Any, cell: dict[str, Any], plan: Plan, data: Losses) -> Losses:
-        """The cost on writes of a system that has one rises."""
+        """The cost on writes of a system that has one rises and falls."""
         cost = self.fields(cell["system"], plan).get("write_cost", 0.0)
         for step, loss in enumerate(data):
             if cost:
-                model.config.write_cost = cost * max(0.0, (step / plan.steps - FREE) / (1 - FREE))
+                model.config.write_cost = cost * cost_at(step / plan.steps)
             yield loss
 
     def scores(self, model: Any, task: Task, plan: Plan, split: str, seed: int) -> dict[str, Any]:
