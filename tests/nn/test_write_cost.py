@@ -9,7 +9,7 @@ from nestlearn.evals.harness.task import Batch
 from nestlearn.evals.harness.trained import _loss
 from nestlearn.models.hope import HopeConfig, HopeForCausalLM
 from nestlearn.nn import SelfModifyingTitans
-from nestlearn.nn.write_cost import count_writes, record_writes
+from nestlearn.nn.write_cost import cost_at, count_writes, record_writes
 
 
 def model(cost: float = 0.0, **fields) -> HopeForCausalLM:
@@ -151,3 +151,14 @@ def test_a_compiled_layer_is_recorded_too():
         assert len(written) == 1
         grads.append(torch.autograd.grad(count_writes(written), layer.gates.eta_bias)[0])
     torch.testing.assert_close(*grads)
+
+
+def test_the_cost_comes_and_goes() -> None:
+    places = torch.linspace(0, 1, 201).tolist()
+    shares = [cost_at(p) for p in places]
+    highest = shares.index(max(shares))
+    assert places[highest] == pytest.approx(0.675) and shares[highest] == pytest.approx(1.0)
+    assert not any(share for place, share in zip(places, shares, strict=True) if place < 0.35)
+    assert shares[:highest] == sorted(shares[:highest])
+    assert shares[highest:] == sorted(shares[highest:], reverse=True)
+    assert shares[-1] == cost_at(1.5) == pytest.approx(0.1)  # trained on for longer than planned

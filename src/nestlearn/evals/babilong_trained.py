@@ -21,9 +21,11 @@ from nestlearn.evals.harness.systems import SYSTEMS, Size, System
 from nestlearn.evals.harness.task import VALIDATION, Task
 from nestlearn.evals.harness.trained import Losses, Plan, Trained
 from nestlearn.evals.recurrent_memory import RecurrentMemoryTransformer
+from nestlearn.nn.write_cost import cost_at
 
 SPARSE = "hope_sparse"
-"""Hope that writes little: no forgetting, a threshold, and a cost on writes (`cost_at`)."""
+"""Hope that writes little: no forgetting, a threshold, and a cost on writes that comes and
+goes (`nestlearn.nn.write_cost.cost_at`)."""
 WRITE_COST = 1e-3
 """Nats a write, at its highest."""
 
@@ -50,20 +52,6 @@ class BabiPlan(Plan):
     vocab_size: int = 1024
     characters: int = 4_000_000
     fields: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {"conv_size": 8})
-
-
-def cost_at(progress: float) -> float:
-    """The share of `WRITE_COST` after a share of the training.
-
-    From the start a cost keeps a memory from learning to write at all. It closes gates, and makes
-    the writes that are left small: when it falls again these grow, and gates that no answer needs
-    stay closed (docs/results.md).
-
-    Example:
-        >>> [round(cost_at(p), 2) for p in (0.0, 0.35, 0.5, 0.675, 0.9, 1.0)]
-        [0.0, 0.0, 0.46, 1.0, 0.38, 0.1]
-    """
-    return float(np.interp(progress, (0.35, 0.675, 1.0), (0.0, 1.0, 0.1)))
 
 
 class BabiLong(Trained):

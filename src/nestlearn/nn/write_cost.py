@@ -24,6 +24,8 @@ from torch import Tensor
 
 HALF = 0.01
 """η₀: a write of this size counts one half."""
+FREE, PEAK, LEFT = 0.35, 0.675, 0.1
+"""Shares of the training at which the cost begins and is highest; what is left of it at the end."""
 
 
 class _Records(threading.local):
@@ -73,3 +75,20 @@ def count_writes(written: Iterable[tuple[Tensor, Tensor]]) -> Tensor | float:
         forgotten = 1 - alpha.detach()
         total = total + (eta / (eta + HALF) / (1 + eta.shape[-1] * forgotten)).sum()
     return total
+
+
+def cost_at(progress: float) -> float:
+    """The share of the highest c after a share of the training: what was best on BABILong.
+
+    From the start a cost keeps a memory from learning to write at all, so it begins at 35% of the
+    training. It closes gates, and makes the writes that are left small, so that a later one hardly
+    displaces an earlier one. From 67.5% on it falls, to a tenth at the end: those writes grow back,
+    and gates that no answer needs stay closed (docs/results.md).
+
+    Example:
+        >>> [round(cost_at(p), 2) for p in (0.0, 0.35, 0.5, 0.675, 0.9, 1.0)]
+        [0.0, 0.0, 0.46, 1.0, 0.38, 0.1]
+    """
+    if progress < PEAK:
+        return max(0.0, (progress - FREE) / (PEAK - FREE))
+    return 1 - (1 - LEFT) * (min(1.0, progress) - PEAK) / (1 - PEAK)
