@@ -179,7 +179,9 @@ class BabiLong(Trained):
         curves = {task: found for task, found in curves.items() if found}
         if not curves:
             return False
-        figure, axes = plt.subplots(1, len(curves), figsize=(6.5 * len(curves), 4.5), squeeze=False)
+        figure, axes = plt.subplots(
+            1, len(curves), figsize=(5.5 * len(curves) + 2.5, 4.5), squeeze=False
+        )
         for axis, (task, found) in zip(axes[0], curves.items(), strict=True):
             tested = self._tasks[task].tested
             places = range(len(tested))
@@ -191,7 +193,7 @@ class BabiLong(Trained):
             axis.set_xticks(places, [_short(n) for n in tested])
             axis.set(title=f"{task} (dotted: length of training)", xlabel="tokens", ylim=(-4, 104))
             axis.set_ylabel("answers right, %")
-            axis.legend(fontsize=8)
+        axes[0, -1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
         figure.tight_layout()
         figure.savefig(path, dpi=110)
         plt.close(figure)
