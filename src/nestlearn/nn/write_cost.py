@@ -78,12 +78,12 @@ def count_writes(written: Iterable[tuple[Tensor, Tensor]]) -> Tensor | float:
 
 
 def cost_at(progress: float) -> float:
-    """The share of the highest c after a share of the training: what was best on BABILong.
+    """The share of the highest c after a share of the training (our choice, tried on BABILong).
 
     From the start a cost keeps a memory from learning to write at all, so it begins at 35% of the
     training. It closes gates, and makes the writes that are left small, so that a later one hardly
     displaces an earlier one. From 67.5% on it falls, to a tenth at the end: those writes grow back,
-    and gates that no answer needs stay closed (docs/results.md).
+    most gates that no answer needs stay closed. What it brings and costs: docs/results.md, Fig. 9.
 
     Example:
         >>> [round(cost_at(p), 2) for p in (0.0, 0.35, 0.5, 0.675, 0.9, 1.0)]
