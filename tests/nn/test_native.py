@@ -60,8 +60,10 @@ def make(dtype=torch.float64, dim=32, heads=2, scale=1.3, **settings):
         settings |= {"memory_chunk": chunk, "projection_chunk": chunk}
     layer = SelfModifyingTitans(dim, heads, **settings).to(dtype)
     with torch.no_grad():
-        for p in layer.parameters():  # no symmetry, no zero
+        for name, p in layer.named_parameters():  # no symmetry, no zero
             p.mul_(scale).add_(0.1 * torch.randn_like(p))
+            if name.endswith("momentum_logit"):  # a decay that shows
+                p.uniform_(-1, 1)
     length = 3 * layer.memory.chunk + 2
     return layer, 2 * torch.randn(3, length, dim, dtype=dtype)
 

@@ -72,6 +72,23 @@ def test_checkpointing_changes_nothing(readout, momentum):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 
 
+def test_momentum_begins_near_none():
+    """Untrained, it changes what is read a little, a decay of a half five times as much."""
+    torch.manual_seed(0)
+    layer = SelfModifyingTitans(32, 2, momentum=True, memory_chunk=8, projection_chunk=8)
+    x = torch.randn(1, 32, 32)
+
+    def read(logit):
+        with torch.no_grad():
+            for group in (layer.memory, layer.projections):
+                if logit is not None:
+                    group.momentum_logit.fill_(logit)
+            return layer(x)[0]
+
+    starts, none, half = read(None), read(-1e4), read(0.0)
+    assert 0 < (starts - none).norm() < 0.2 * (half - none).norm()
+
+
 def test_frozen_memories_are_read_and_not_written():
     layer, x = layer_and_input()
     _, state = layer(x)

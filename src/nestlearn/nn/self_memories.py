@@ -37,6 +37,9 @@ QUIET = 0.1
 # What M_mem adds to a query before training, of an answer of norm 1: a memory that holds next to
 # nothing shows what is written into it (docs/results.md "Recall").
 FAINT = 0.01
+# The momentum's decay before training, as a logit: 0.05. A write replaces what its key had, so one
+# that goes on for 1 / (1 - beta) tokens overshoots (docs/results.md, Table 6).
+MOMENTUM_START = -3.0
 
 
 def source_of(role: str) -> str:
@@ -95,7 +98,7 @@ class MemoryGroup(nn.Module):
                 else:
                     w.normal_(0, 1.6 / math.sqrt(fan_in * self.size))
             if self.momentum_logit is not None:
-                self.momentum_logit.zero_()
+                self.momentum_logit.fill_(MOMENTUM_START)
 
     def initial_weights(self, dtype: torch.dtype) -> Tensors:
         """The initial states, ``(H, N, out, in)`` per layer.

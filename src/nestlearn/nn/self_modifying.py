@@ -82,7 +82,8 @@ class SelfModifyingTitans(nn.Module):
             (SPEC §4), which is a little cheaper and sees the last tokens only through the
             convolution.
         rule: ``"dgd"``, or ``"gd"`` (plain gradient descent: Tab. 6 "w/o DGD").
-        momentum: ``S ← β S − η ∇L`` in the place of the gradient (Tab. 6), β learned per head.
+        momentum: ``S ← β S − η ∇L`` in the place of the gradient (Tab. 6), β learned per head, 0.05
+            before training.
         weight_decay: False fixes α = 1 (Tab. 6).
         retention: what α pulls a memory to: ``"initial"``, its meta-learned initial state M_0, so
             that α M reads M_0 + α (M - M_0) above; ``"zero"``, the literal form.
