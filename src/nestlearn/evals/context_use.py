@@ -125,16 +125,25 @@ class ContextUse(LanguageModels):
         matplotlib.use("Agg")
         from matplotlib import pyplot as plt
 
-        figure, axis = plt.subplots(figsize=(8, 4.5))
-        for system in systems:
-            finals = self.finals(results, "text", system)
-            ends = finals[0]["edges"][1:]
-            values = [math.exp(v) for v in self._losses(finals)]
-            axis.plot(ends, values, marker="o", label=self.compared[system].label)
-        axis.axvline(self.plan.length, color="grey", linestyle=":", label="length in training")
-        axis.set_xscale("log", base=2)
-        axis.set(xlabel="tokens read", ylabel="perplexity", title=self.title)
-        axis.legend(fontsize=8)
+        free = [s for s in systems if not self.compared[s].attention]
+        # Attention beyond its length hides what differs between the others: once more without it.
+        panels = [systems, free] if 0 < len(free) < len(systems) else [systems]
+        figure, axes = plt.subplots(
+            1, len(panels), figsize=(1.5 + 5.5 * len(panels), 4.2), squeeze=False
+        )
+        for axis, shown in zip(axes[0], panels, strict=True):
+            for number, system in enumerate(systems):
+                if system in shown:
+                    finals = self.finals(results, "text", system)
+                    ends, values = finals[0]["edges"][1:], map(math.exp, self._losses(finals))
+                    label = self.compared[system].label
+                    axis.plot(ends, [*values], "o-", color=f"C{number}", label=label)
+            axis.axvline(self.plan.length, color="grey", linestyle=":", label="length in training")
+            axis.set_xscale("log", base=2)
+            axis.set(xlabel="tokens read", title="without attention" if shown is free else "all")
+        axes[0, 0].set_ylabel("perplexity")
+        axes[0, 0].legend(fontsize=8)
+        figure.suptitle(self.title)
         figure.tight_layout()
         figure.savefig(path, dpi=110)
         plt.close(figure)

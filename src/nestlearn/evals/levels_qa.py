@@ -222,7 +222,8 @@ class LevelsQA(Experiment):
             line[0].set_ylabel("score, %")
         for axis in axes[-1]:
             axis.set_xlabel("levels")
-        axes[0][-1].legend(fontsize=8)
+        if axes[0][-1].get_legend_handles_labels()[0]:
+            axes[0][-1].legend(fontsize=8)
         figure.tight_layout()
         figure.savefig(path, dpi=110)
         plt.close(figure)
