@@ -218,6 +218,8 @@ class Translation(Experiment):
                 axis.set_xticks(range(len(systems)), labels)
                 axis.set_title(f"{language}, {way}")
             line[0].set_ylabel("ChrF")
+        for axis in axes[-1]:
+            axis.set_xlabel("levels")
         handles, found = axes[0][0].get_legend_handles_labels()
         figure.tight_layout(rect=(0, 0.05, 1, 1))
         figure.legend(handles, found, loc="lower center", ncols=len(names))
@@ -232,7 +234,7 @@ class Translation(Experiment):
 def _levels(system: str) -> str:
     count, method, _ = SYSTEMS[system]
     kind = " added" if method == "added" else ""
-    return f"{count}{kind} level{'' if count == 1 else 's'}"
+    return f"{count}{kind}"
 
 
 def _rows(results: Results, system: str) -> list[dict[str, Any]]:
