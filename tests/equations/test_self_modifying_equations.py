@@ -196,9 +196,9 @@ def test_layer_equals_token_recurrence(variant):
         "readout": "chunk",
     } | variant
     layer = SelfModifyingTitans(DIM, HEADS, **settings).double()
-    for group in (layer.memory, layer.projections):
-        if group is not None and group.momentum_logit is not None:
-            nn.init.uniform_(group.momentum_logit, -1, 1)  # a decay that shows
+    for name, p in layer.named_parameters():
+        if name.endswith("momentum_logit"):
+            nn.init.uniform_(p, -1, 1)  # a decay that shows
     x = torch.randn(2, TOKENS, DIM, dtype=torch.float64, requires_grad=True)
     y, _ = layer(x)
     expected = oracle(layer, x)

@@ -164,6 +164,19 @@ def test_periods_that_do_not_fit(levels: int, lowest: int) -> None:
         levels_qa.periods(levels, lowest)
 
 
+def test_what_failed_has_no_panel(tmp_path: Any) -> None:
+    experiment, results = levels_qa.LevelsQA("tiny"), Results(tmp_path / "r.json", "?", {})
+    failed = {"task": "quality", "system": "in-context", "error": "ValueError: no data"}
+    results.add("quality/in-context/seed0", failed)
+    assert not experiment.plot(results, tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
+    row = {"task": "qasper", "system": "in-context", "open": 0.5, "closed": 0.25}
+    results.add("qasper/in-context/seed0", row)
+    assert experiment.plot(results, tmp_path / "one.png")
+    (table,) = experiment.tables(results)
+    assert table.rows[0] == ("in-context", 50.0, 25.0, None, None)
+
+
 def test_the_experiment_runs_and_reports(
     novels: None, tokenizer: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -132,12 +132,11 @@ class ContextUse(LanguageModels):
             1, len(panels), figsize=(1.5 + 5.5 * len(panels), 4.2), squeeze=False
         )
         for axis, shown in zip(axes[0], panels, strict=True):
-            for number, system in enumerate(systems):
-                if system in shown:
-                    finals = self.finals(results, "text", system)
-                    ends, values = finals[0]["edges"][1:], map(math.exp, self._losses(finals))
-                    label = self.compared[system].label
-                    axis.plot(ends, [*values], "o-", color=f"C{number}", label=label)
+            for system in shown:
+                finals = self.finals(results, "text", system)
+                ends, values = finals[0]["edges"][1:], map(math.exp, self._losses(finals))
+                color, label = f"C{systems.index(system)}", self.compared[system].label
+                axis.plot(ends, [*values], "o-", color=color, label=label)
             axis.axvline(self.plan.length, color="grey", linestyle=":", label="length in training")
             axis.set_xscale("log", base=2)
             axis.set(xlabel="tokens read", title="without attention" if shown is free else "all")

@@ -163,7 +163,7 @@ class LevelsQA(Experiment):
         return ", ".join(f"{way} {100 * row[way]:.1f}" for way in WAYS)
 
     def _mean(self, results: Results, task: str, system: str, way: str) -> float | None:
-        rows = [r for r in results.rows(task=task, system=system) if "error" not in r]
+        rows = _measured(results, task=task, system=system)
         return 100 * statistics.fmean(r[way] for r in rows) if rows else None
 
     def _tasks(self, results: Results) -> list[str]:
@@ -188,7 +188,7 @@ class LevelsQA(Experiment):
 
     def plot(self, results: Results, path: Path) -> bool:
         """Score against the number of levels, a line per lowest period."""
-        tasks = self._tasks(results)
+        tasks = [t for t in self._tasks(results) if _measured(results, task=t)]
         if not tasks:
             return False
         import matplotlib
@@ -222,9 +222,12 @@ class LevelsQA(Experiment):
             line[0].set_ylabel("score, %")
         for axis in axes[-1]:
             axis.set_xlabel("levels")
-        if axes[0][-1].get_legend_handles_labels()[0]:
-            axes[0][-1].legend(fontsize=8)
+        axes[0][-1].legend(fontsize=8)
         figure.tight_layout()
         figure.savefig(path, dpi=110)
         plt.close(figure)
         return True
+
+
+def _measured(results: Results, **match: Any) -> list[dict[str, Any]]:
+    return [r for r in results.rows(**match) if "error" not in r]

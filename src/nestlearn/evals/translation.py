@@ -233,8 +233,7 @@ class Translation(Experiment):
 
 def _levels(system: str) -> str:
     count, method, _ = SYSTEMS[system]
-    kind = " added" if method == "added" else ""
-    return f"{count}{kind}"
+    return f"{count} added" if method == "added" else str(count)
 
 
 def _rows(results: Results, system: str) -> list[dict[str, Any]]:
