@@ -20,6 +20,7 @@ from nestlearn.evals.babilong import (
     Scatterer,
     Story,
     accuracy,
+    endings_of,
     load_stories,
     parse_stories,
     read_stream,
@@ -101,6 +102,32 @@ def test_a_text_is_the_book_with_the_facts_between_its_sentences(length: int) ->
         assert tokenizer.decode(pieces[-1]).startswith("\nQuestion")
     assert length < 3_000 or len(depths) > 2
     assert scatterer.scatter(story, 12, np.random.default_rng(0)) is None
+
+
+def test_distractors_are_sentences_of_the_book_that_end_as_facts_do() -> None:
+    tokenizer = train_bpe([babi("Ann"), *BOOK], 330)
+    book = [*BOOK[:40], "I went to the garden, at last!", *BOOK[40:]]
+    stories = list(parse_stories(babi("Ann").splitlines()))
+    assert endings_of(stories) == [f"to the {place}" for place in PLACES]
+    hay = Haystack(tokenizer, book)
+    found = {}
+    for share in (0.0, 0.5, 1.0):
+        made = Scatterer(tokenizer, hay, PLACES, share, endings_of(stories))
+        rng = np.random.default_rng(0)
+        samples = [made.scatter(stories[0], 150, rng) for _ in range(200)]
+        assert all(s is not None and len(s.tokens) == 150 for s in samples)
+        texts = [tokenizer.decode(s.tokens) for s in samples if s is not None]
+        found[share] = sum(" I went to the garden, at last!" in t for t in texts) / 200
+        if share:  # anywhere in the text, before facts and behind them
+            first = [t.index(" I went") < t.index(" Ann went") for t in texts if " I went" in t]
+            assert 0.2 < np.mean(first) < 0.8
+    assert found[0.0] < 0.3
+    assert found[1.0] == 1.0
+    assert found[0.0] + 0.2 < found[0.5] < 0.8
+    assert len(Haystack(tokenizer, BOOK).containing(endings_of(stories))) == 0
+    assert Scatterer(tokenizer, Haystack(tokenizer, BOOK), PLACES, 1.0, ["to the sea"]).scatter(
+        stories[0], 150, np.random.default_rng(0)
+    )  # a book without any is no error
 
 
 def test_answers_must_differ_in_their_first_token(tokenizer: Any) -> None:

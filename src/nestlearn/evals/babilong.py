@@ -69,6 +69,17 @@ def parse_stories(lines: Iterator[str] | Sequence[str]) -> Iterator[Story]:
             facts.append(rest.strip())
 
 
+def endings_of(stories: Sequence[Story], words: int = 3) -> list[str]:
+    """How the facts of stories end: their last words, without the full stop.
+
+    Example:
+        >>> endings_of([Story(("Mary went to the hall.", "Bob slept."), "Where is Mary?", "hall")])
+        ['to the hall']
+    """
+    facts = {f.rstrip(".") for s in stories for f in s.facts}
+    return sorted({" ".join(f.split()[-words:]) for f in facts if len(f.split()) > words})
+
+
 def babi_file(task: str, part: str) -> Path:
     """The file of a task, ``part`` being train or test.
 
@@ -104,13 +115,24 @@ class Scatterer:
         tokenizer: any.
         background: the haystack.
         answers: all words that are answers.
+        distractors: share of the texts whose haystack has a sentence with one of the ``endings``.
+        endings: how facts end, see `endings_of`.
 
     Raises:
         ValueError: two answers begin with the same token.
     """
 
-    def __init__(self, tokenizer: Any, background: Haystack, answers: Sequence[str]) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        background: Haystack,
+        answers: Sequence[str],
+        distractors: float = 0.0,
+        endings: Sequence[str] = (),
+    ) -> None:
         self.tokenizer, self.background = tokenizer, background
+        self.distractors = distractors
+        self.alike = background.containing(endings) if distractors else None
         firsts = [ids[0] for ids in encode(tokenizer, [f" {a}" for a in answers])]
         if len(set(firsts)) != len(firsts):
             raise ValueError(
@@ -126,7 +148,8 @@ class Scatterer:
         rest = length - len(question) - sum(map(len, facts)) if length else 0
         if rest < 0:
             return None
-        tokens, places = self.background.window(rest, rng)
+        around = self.alike if self.distractors and rng.random() < self.distractors else None
+        tokens, places = self.background.window(rest, rng, around)
         chosen = sorted(int(p) for p in rng.choice(places, len(facts)))
         pieces = [*insert(tokens, chosen, facts), np.asarray(question, dtype=np.int32)]
         # Every old sentence moves on by the facts that are now before it.
@@ -144,6 +167,9 @@ class Scattered(Task):
         name: ``"qa1"`` ... ``"qa5"``.
         trained, tested: ascending lengths of texts, in tokens; 0: only the facts.
         vocab_size, characters: of the tokenizer, and read into each haystack.
+        distractors: share of the training texts with a sentence of the books that ends as a fact
+            does ("At noon I went to the office."). Books have one in some 120,000
+            tokens: short training texts show hardly any, a long test text several.
     """
 
     def __init__(
@@ -153,9 +179,11 @@ class Scattered(Task):
         tested: tuple[int, ...],
         vocab_size: int,
         characters: int,
+        distractors: float = 0.0,
     ) -> None:
         self.name, self.trained, self.tested = name, trained, tested
         self.vocab_size, self.characters = vocab_size, characters
+        self.distractors = distractors
         self.lengths = trained  # those a training batch has one of
         self.length = trained[-1]
         self.splits = tuple(map(str, tested))
@@ -178,11 +206,17 @@ class Scattered(Task):
             lines = [" ".join((*s.facts, s.question, s.answer)) for s in known[:2_000]]
             tokenizer = train_bpe([*training_texts(1_600_000), *lines], self.vocab_size)
             answers = sorted({s.answer for part in stories.values() for s in part})
-            made = {}
-            for split, books in ((TRAIN, "train"), ("test", "test")):
-                hay = Haystack.books(tokenizer, None, self.characters, books)
-                made[split] = Scatterer(tokenizer, hay, answers)
-            self._made = stories, {**made, VALIDATION: made[TRAIN]}
+            read = Haystack.books(tokenizer, None, self.characters, "train")
+            kept_books = Haystack.books(tokenizer, None, self.characters, "test")
+            endings = endings_of(stories[TRAIN])
+            self._made = (
+                stories,
+                {
+                    TRAIN: Scatterer(tokenizer, read, answers, self.distractors, endings),
+                    VALIDATION: Scatterer(tokenizer, read, answers),
+                    "test": Scatterer(tokenizer, kept_books, answers),
+                },
+            )
         return self._made
 
     def samples(

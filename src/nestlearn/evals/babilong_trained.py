@@ -40,6 +40,8 @@ class BabiPlan(Plan):
         budget: tokens read at each test length; between 8 and ``examples`` texts are read.
         segment: of the recurrent-memory Transformers.
         vocab_size, characters: of the tokenizer, and read into each haystack.
+        distractors: share of the training texts with a sentence of the books that ends as a fact
+            does.
         fields: a convolution of 8 tokens for all that have one. Whose place is asked is more tokens
             before the answer (" John?", "Answer:") than the usual 4 (docs/results.md).
     """
@@ -50,7 +52,8 @@ class BabiPlan(Plan):
     budget: int = 16 * 2**20
     segment: int = 256
     vocab_size: int = 1024
-    characters: int = 4_000_000
+    characters: int = 16_000_000
+    distractors: float = 0.5
     fields: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {"conv_size": 8})
 
 
@@ -86,7 +89,7 @@ class BabiLong(Trained):
             Size(256, 4, 4), steps=5_000, batch=16, lrs=(1e-3, 3e-3), weight_decays=(0.1,), seeds=1,
             systems=("transformer", "rmt", "armt", "gated_deltanet", "titans", "hope", SPARSE),
             examples=200, tasks=("qa1", "qa2"), trained=(0, 512, 1024, 2048, 4096), segment=512,
-            vocab_size=4096, budget=16 * 2**20, characters=16_000_000,
+            vocab_size=4096, budget=16 * 2**20,
         ),
         "paper": BabiPlan(
             Size(768, 12, 12), steps=30_000, batch=64, lrs=(3e-4, 1e-3), weight_decays=(0.1,),
@@ -100,8 +103,12 @@ class BabiLong(Trained):
     def __init__(self, scale: Scale = "tiny") -> None:
         super().__init__(scale)
         plan = self.plans[self.scale]
-        lengths = (plan.trained, plan.tested, plan.vocab_size, plan.characters)
-        self._tasks = {name: Scattered(name, *lengths) for name in plan.tasks}
+        self._tasks = {
+            name: Scattered(
+                name, plan.trained, plan.tested, plan.vocab_size, plan.characters, plan.distractors
+            )
+            for name in plan.tasks
+        }
 
     def tasks(self) -> dict[str, Task]:
         """The tasks of bAbI."""

@@ -76,7 +76,9 @@ class Haystack:
     """
 
     def __init__(self, tokenizer: Any, sentences: Iterable[str], joint: str = " ") -> None:
-        pieces = encode(tokenizer, [joint + s for s in sentences])
+        texts = list(sentences)
+        pieces = encode(tokenizer, [joint + s for s in texts])
+        self.sentences = [s for s, p in zip(texts, pieces, strict=True) if p]
         pieces = [p for p in pieces if p]
         if not pieces:
             raise ValueError("the haystack has no sentences; give it some text")
@@ -122,8 +124,28 @@ class Haystack:
     def __len__(self) -> int:
         return len(self.tokens)
 
-    def window(self, length: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    def containing(self, phrases: Sequence[str]) -> np.ndarray:
+        """The numbers of the sentences that have one of the phrases in them, as whole words.
+
+        Example:
+            >>> hay = Haystack(tokenizer, ["We saw the parks.", "He went to the park."])
+            >>> hay.containing(["the park"])
+            array([1])
+        """
+        if not phrases:
+            return np.zeros(0, dtype=np.int64)
+        any_of = re.compile(rf"\b(?:{'|'.join(map(re.escape, phrases))})\b")
+        return np.flatnonzero([any_of.search(s) is not None for s in self.sentences])
+
+    def window(
+        self, length: int, rng: np.random.Generator, around: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Exactly ``length`` tokens, ending where a sentence ends; the text goes round.
+
+        Args:
+            length: in tokens.
+            rng: chooses where.
+            around: sentences, by number. One of them lies in the window, anywhere, if it fits.
 
         Returns:
             The tokens, and the places between sentences, from the first to ``length``.
@@ -131,6 +153,11 @@ class Haystack:
         stop = int(rng.choice(self.starts))
         if length == 0:
             return self.tokens[:0], np.zeros(1, dtype=np.int64)
+        if around is not None and len(around):
+            first = int(self.starts[rng.choice(around)])
+            ends = np.concatenate([self.starts, self.starts + len(self)])
+            ends = ends[(ends > first) & (ends <= first + length)]
+            stop = int(rng.choice(ends)) if len(ends) else stop
         first = stop - length
         rounds = range(first // len(self), -(-stop // len(self)) + 1)
         places = np.concatenate([self.starts + r * len(self) for r in rounds]) - first
