@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-FLAGS = ["table5", "hope_counters", "--steps", "2", "--seed", "11"]
+FLAGS = ["table5", "hope_counters", "--plan", "steps=2", "--seed", "11"]
 
 
 @pytest.fixture
@@ -59,6 +59,20 @@ def test_only_the_named_splits_are_scored(measured: Any) -> None:
     assert "folder" not in row
 
 
+def test_a_plan_changes_what_tasks_are_made_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from variant import planned
+
+    from nestlearn.evals.registry import experiment
+
+    table: Any = experiment("fig9", "tiny")
+    made = planned(table, "tiny", {"tested": (10_485_760,), "distractors": 0.0, "steps": 7})
+    (task,) = made.tasks().values()
+    assert isinstance(made, type(table)) and made.plan.steps == 7
+    assert task.splits == ("10485760",) and task.distractors == 0.0  # type: ignore[attr-defined]
+    assert table.plan.steps != 7 and next(iter(table.tasks().values())).splits != task.splits
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -68,11 +82,12 @@ def test_only_the_named_splits_are_scored(measured: Any) -> None:
         (["fig11", "hope"], "does not train systems"),
         (["table5", "hope", "--set", "counters=-1"], "counters"),
         (["table55", "hope"], "did you mean 'table5'"),
+        (["table5", "hope", "--plan", "step=1"], "the plan has no step: size, steps"),
     ],
 )
 def test_what_does_not_exist_is_named(
     flags: list[str], message: str, measured: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit):
-        measured(*flags, "--steps", "1")
+        measured(*flags, *([] if "--plan" in flags else ["--plan", "steps=1"]))
     assert message in capsys.readouterr().err
