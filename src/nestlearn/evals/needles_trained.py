@@ -218,7 +218,7 @@ class NeedlesTrained(Trained):
     )
     plans: Mapping[Scale, NeedlePlan] = {
         "tiny": NeedlePlan(
-            Size(64, 2, 2), steps=2_500, batch=2, lrs=(3e-3,), weight_decays=(0.0,), seeds=2,
+            Size(64, 2, 2), steps=5_000, batch=2, lrs=(3e-3,), weight_decays=(0.0,), seeds=2,
             systems=("transformer", "gated_deltanet", "titans", "hope"), examples=20,
             trained=(128, 256, 512, 1024),
         ),
