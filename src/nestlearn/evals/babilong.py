@@ -207,14 +207,14 @@ class Scattered(Task):
             tokenizer = train_bpe([*training_texts(1_600_000), *lines], self.vocab_size)
             answers = sorted({s.answer for part in stories.values() for s in part})
             read = Haystack.books(tokenizer, None, self.characters, "train")
-            kept_books = Haystack.books(tokenizer, None, self.characters, "test")
+            held = Haystack.books(tokenizer, None, self.characters, "test")
             endings = endings_of(stories[TRAIN])
             self._made = (
                 stories,
                 {
                     TRAIN: Scatterer(tokenizer, read, answers, self.distractors, endings),
                     VALIDATION: Scatterer(tokenizer, read, answers),
-                    "test": Scatterer(tokenizer, kept_books, answers),
+                    "test": Scatterer(tokenizer, held, answers),
                 },
             )
         return self._made
