@@ -30,6 +30,7 @@ VARIANTS = {
     "self_modifying, without the CPU kernel": {},
     "self_modifying, counting": {"counters": 3},
     "self_modifying, no projections": {"memory_adaptive": [], "projection_chunk": 1},
+    "gated_deltanet, reflecting": {"allow_neg_eigval": True},
     "attention, windowed": {"sliding_window": 6},
     "titans_mag, windowed": {"sliding_window": 4},
     "titans_mal, windowed": {"sliding_window": 4},

@@ -62,9 +62,11 @@ def scaled(x):
     return x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
 
 
-@pytest.mark.parametrize("preset", LINEAR)
-def test_linear_presets(preset):
-    layer = random_layer(preset)
+@pytest.mark.parametrize(
+    ("preset", "eta_max"), [*((name, 1.0) for name in LINEAR), ("deltanet", 2.0), ("comba", 2.0)]
+)
+def test_linear_presets(preset, eta_max):
+    layer = random_layer(preset, eta_max=eta_max)
     q, k, v, gates, out, state = remember(layer)
     eye = torch.eye(D, dtype=torch.float64)
     for h in range(HEADS):
@@ -78,7 +80,7 @@ def test_linear_presets(preset):
             elif preset == "retnet":
                 M = (1 - 2.0 ** (-5 - h)) * M + vk
             else:
-                eta = gates["eta"][h, t]
+                eta = eta_max * gates["eta"][h, t]
                 alpha = 1.0 if preset == "deltanet" else gates["alpha"][h, t]
                 share = 1.0
                 if preset == "comba":  # closed loop: Hu et al. 2025, as their code places alpha

@@ -60,6 +60,8 @@ def test_preset_overrides_keep_the_proportions():
         ({"write_threshold": 1}, "write_threshold"),
         ({"counters": -1}, "counters"),
         ({"counters": 4, "mixer": "titans"}, "belongs to 'self_modifying'"),
+        ({"allow_neg_eigval": 1, "mixer": "deltanet"}, "allow_neg_eigval"),
+        ({"allow_neg_eigval": True}, "belongs to 'deltanet', 'gated_deltanet', 'comba'"),
         ({"memory_chunk": 0}, "memory_chunk"),
         ({"memory_momentum": 1}, "memory_momentum"),
         ({"hidden_act": "sillu"}, "hidden_act"),

@@ -73,12 +73,16 @@ def _neural_memory(preset: str) -> Callable[[Any], nn.Module]:
     def build(config: Any) -> nn.Module:
         from nestlearn.nn.neural_memory import NeuralMemory
 
+        reflecting: dict[str, Any] = {}
+        if preset in DELTA_RULE and config.allow_neg_eigval:
+            reflecting["eta_max"] = 2.0
         return NeuralMemory(
             config.hidden_size,
             config.num_attention_heads,
             preset=preset,
             chunk=config.memory_chunk,
             conv_size=config.conv_size,
+            **reflecting,
         )
 
     return build
@@ -148,6 +152,8 @@ MIXERS: dict[str, Callable[[Any], nn.Module]] = {
 }
 WINDOWED = ("attention", "titans_mag", "titans_mal")
 """Mixers that read ``sliding_window``."""
+DELTA_RULE = ("deltanet", "gated_deltanet", "comba")
+"""Mixers that read ``allow_neg_eigval``."""
 
 PATTERNS: dict[str, tuple[str, ...]] = {"samba": ("mamba2", "attention")}
 """Names of patterns that layers take turns in. Samba (Ren et al. 2024, arXiv 2406.07522): a

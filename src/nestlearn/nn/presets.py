@@ -144,6 +144,11 @@ class MemorySpec:
                 "d_in = d_out: use depth=1 or feature='polynomial'",
             ),
             (
+                self.rule == "delta" and self.eta_max > 2,
+                "a step of the delta rule above 2 makes a memory grow without bound: eta_max must "
+                f"be at most 2, got {self.eta_max}",
+            ),
+            (
                 self.gated_decay and self.rule not in ("delta", "oja"),
                 "gated_decay belongs to the rules 'delta' and 'oja'",
             ),

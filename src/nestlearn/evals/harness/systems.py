@@ -60,6 +60,11 @@ SYSTEMS: dict[str, System] = {
 }
 """Hope differs from the others in its mixer and in its MLPs' levels (CMS). Counters are plain
 sums beside its heads (`nestlearn.nn.counting`)."""
+# Writes up to 2: what the delta rule can do with states that turn round.
+for _name in ("deltanet", "gated_deltanet"):
+    SYSTEMS[f"{_name}_neg"] = SYSTEMS[_name].but(
+        f"{SYSTEMS[_name].label} (η to 2)", allow_neg_eigval=True
+    )
 SYSTEMS["hope_counters"] = SYSTEMS["hope"].but("Hope (counters)", counters=16)
 
 

@@ -10,7 +10,13 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from nestlearn.memory.structures import ACTIVATIONS
-from nestlearn.nn.mixers import WINDOWED, build_mixer, default_chunk, layer_mixers
+from nestlearn.nn.mixers import (
+    DELTA_RULE,
+    WINDOWED,
+    build_mixer,
+    default_chunk,
+    layer_mixers,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +75,7 @@ _YES_NO = (
     "memory_momentum",
     "memory_weight_decay",
     "memory_truncate",
+    "allow_neg_eigval",
     "tie_word_embeddings",
     "use_cache",
 )
@@ -92,6 +99,12 @@ _SELF_MODIFYING = (
     "write_cost",
     "counters",
 )
+# Who reads the fields that are not for every mixer.
+_OWNERS = {
+    **dict.fromkeys(_SELF_MODIFYING, ("self_modifying",)),
+    "sliding_window": WINDOWED,
+    "allow_neg_eigval": DELTA_RULE,
+}
 
 
 class HopeConfig(PreTrainedConfig):
@@ -123,6 +136,9 @@ class HopeConfig(PreTrainedConfig):
             `nestlearn.nn.write_cost`); like the loss it is divided by the number of labels.
         counters: channels beside the heads that are plain sums, which count
             (`nestlearn.nn.counting`).
+        allow_neg_eigval: writes of the delta rule (deltanet, gated_deltanet, comba) may be up to 2,
+            where ``I - eta k k^T`` has an eigenvalue of -1, in the place of 1: such a memory can
+            turn a value round, which tracking a state takes (Grazzi et al. 2025, arXiv 2411.12537).
         sliding_window: attention sees this many latest tokens; None: all, but half of
             ``max_position_embeddings`` in ``"samba"``, ``"titans_mag"`` and ``"titans_mal"``.
         cms_periods: update period of each CMS level in optimizer steps, fastest first; ``[1]`` is a
@@ -166,6 +182,7 @@ class HopeConfig(PreTrainedConfig):
     write_threshold: float = 0.0
     write_cost: float = 0.0
     counters: int = 0
+    allow_neg_eigval: bool = False
     conv_size: int = 4
     sliding_window: int | None = None
     cms_periods: list[int] | tuple[int, ...] = (1,)
@@ -338,8 +355,7 @@ class HopeConfig(PreTrainedConfig):
     def _check_ownership(self) -> None:
         """Fields of one mixer must not be set, and then ignored, for another."""
         used = set(self.layer_mixers)
-        owners = {field: ("self_modifying",) for field in _SELF_MODIFYING}
-        for field, names in {**owners, "sliding_window": WINDOWED}.items():
+        for field, names in _OWNERS.items():
             if not used & set(names):
                 value, default = getattr(self, field), getattr(HopeConfig, field)
                 default = list(default) if isinstance(default, tuple) else default
