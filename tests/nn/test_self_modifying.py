@@ -137,6 +137,7 @@ def test_writing_matters():
         ({"half_lives": (10, 5)}, "shortest, longest"),
         ({"rule": "sgd"}, "unknown rule"),
         ({"counters": -1}, "counters must be at least 0, got -1"),
+        ({"counter_noise": -0.1}, "counter_noise must be a number >= 0, got -0.1"),
         ({"adaptive": ("k", "w")}, "unknown adaptive role 'w'"),
         ({"memory_chunk": 0}, "memory_chunk must be at least 1"),
         ({"projection_chunk": -1}, "projection_chunk must be at least 1"),
@@ -209,6 +210,19 @@ def test_frozen_counters_are_read_and_do_not_count():
         out, _ = count(torch.randn(2, 6, 3), state.sums, frozen=True)
     held = state.sums / (1 + state.sums.abs())
     torch.testing.assert_close(out, held.unsqueeze(1).expand(2, 6, 3))
+
+
+def test_counters_are_noisy_in_training_only():
+    torch.manual_seed(0)
+    out, sums = count(torch.zeros(400, 25, 2), torch.full((400, 2), 7.0), noise=0.1)
+    assert sums.mean().sub(7).abs() < 0.05 and sums.std().sub(0.5).abs() < 0.05  # 0.1 x sqrt(25)
+    torch.testing.assert_close(out[:, -1], sums / (1 + sums.abs()))
+    layer = SelfModifyingTitans(16, 2, counters=3, counter_noise=0.1)
+    plain = SelfModifyingTitans(16, 2, counters=3)
+    plain.load_state_dict(layer.state_dict())
+    x = torch.randn(2, 9, 16)
+    assert not torch.equal(layer(x)[1].sums, layer(x)[1].sums)
+    assert torch.equal(layer.eval()(x)[0], plain(x)[0])
 
 
 def test_counters_stay_finite():

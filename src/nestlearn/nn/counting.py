@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
-def count(values: Tensor, start: Tensor, frozen: bool = False) -> tuple[Tensor, Tensor]:
+def count(
+    values: Tensor, start: Tensor, frozen: bool = False, noise: float = 0.0
+) -> tuple[Tensor, Tensor]:
     """A memory with one key, which is added to and never rewritten, read after every token.
 
         M_t = M_{t-1} - ∇_M (-<M, v_t>) = M_{t-1} + v_t        o_t = M_t / (1 + |M_t|)  (by element)
@@ -14,10 +17,15 @@ def count(values: Tensor, start: Tensor, frozen: bool = False) -> tuple[Tensor, 
     The read-out tells small sums apart, where a count is decided, and is bounded: zero and one
     look the same however large another count has become.
 
+    Training on short texts leaves increments that do not quite cancel, and what they leave adds up
+    beyond. With ``noise`` every value is off by a normal number of that deviation, so that counts
+    have to be told apart with room to spare.
+
     Args:
         values: v, ``(B, T, C)``; whole numbers in float32 are exact up to 2²⁴.
         start: M before the first of them, ``(B, C)``.
         frozen: read M, and do not write.
+        noise: standard deviation of what is added to every value, for training.
 
     Returns:
         The outputs ``(B, T, C)`` and M after the last token.
@@ -31,6 +39,8 @@ def count(values: Tensor, start: Tensor, frozen: bool = False) -> tuple[Tensor, 
         >>> [round(o, 2) for o in out.flatten().tolist()], after.item()
         ([0.5, 0.67, 0.75, 0.67], 2.0)
     """
+    if noise:
+        values = values + noise * torch.randn_like(values)
     before = start.unsqueeze(1)
     sums = before.expand_as(values) if frozen else before + values.cumsum(1)
     return F.softsign(sums), sums[:, -1]

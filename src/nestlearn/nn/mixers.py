@@ -53,6 +53,7 @@ def _self_modifying(config: Any) -> nn.Module:
         eta_max=config.eta_max,
         write_threshold=config.write_threshold,
         counters=config.counters,
+        counter_noise=config.counter_noise,
         conv_size=config.conv_size,
     )
 

@@ -103,6 +103,8 @@ class SelfModifyingTitans(nn.Module):
         counters: channels beside the heads that are plain sums, ``M_t = M_{t-1} + v_t``
             (`nestlearn.nn.counting`): they count further than they were trained to, where memories
             that are bounded saturate. **Our choice**, off by default.
+        counter_noise: in training every value that is counted is off by a normal number of this
+            standard deviation; 0.05 makes counts hold further beyond the lengths of training.
         checkpoint_chunks: > 0: recompute activations in the backward pass, so many chunks at once.
 
     Shapes: ``forward(x (B, T, D), state=None, mask=None) -> (y (B, T, D), state)``; ``mask (B, T)``
@@ -145,6 +147,7 @@ class SelfModifyingTitans(nn.Module):
         write_threshold: float = 0.0,
         conv_size: int = 4,
         counters: int = 0,
+        counter_noise: float = 0.0,
         checkpoint_chunks: int = 0,
     ):
         super().__init__()
@@ -173,8 +176,10 @@ class SelfModifyingTitans(nn.Module):
             raise ValueError(f"write_threshold must be in [0, 1), got {write_threshold}")
         if counters < 0:
             raise ValueError(f"counters must be at least 0, got {counters}")
+        if not 0 <= counter_noise < float("inf"):
+            raise ValueError(f"counter_noise must be a number >= 0, got {counter_noise}")
         self.dim, self.heads, self.conv_size = dim, heads, conv_size
-        self.counters = counters
+        self.counters, self.counter_noise = counters, counter_noise
         self.checkpoint_chunks = checkpoint_chunks
         self.adaptive = tuple(r for r in ROLES if r in adaptive and (r != "alpha" or weight_decay))
         size = dim // heads
@@ -286,7 +291,8 @@ class SelfModifyingTitans(nn.Module):
             out = out * self.norm_weight.to(out.dtype)[:, None]
             out, sums = out.transpose(1, 2).flatten(2), state.sums
             if sums is not None and self.count_weight is not None:
-                counted, sums = count(streams["count"].to(sums.dtype), sums, memory.frozen)
+                noise = self.counter_noise if self.training else 0.0
+                counted, sums = count(streams["count"].to(sums.dtype), sums, memory.frozen, noise)
                 out = torch.cat([out, counted * self.count_weight.to(out.dtype)], -1)
             out = out.to(conv.dtype)
         y = self.out_proj(out * F.silu(streams["gate"]))

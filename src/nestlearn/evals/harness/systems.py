@@ -65,7 +65,7 @@ for _name in ("deltanet", "gated_deltanet"):
     SYSTEMS[f"{_name}_neg"] = SYSTEMS[_name].but(
         f"{SYSTEMS[_name].label} (η to 2)", allow_neg_eigval=True
     )
-SYSTEMS["hope_counters"] = SYSTEMS["hope"].but("Hope (counters)", counters=16)
+SYSTEMS["hope_counters"] = SYSTEMS["hope"].but("Hope (counters)", counters=16, counter_noise=0.05)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -98,6 +98,7 @@ _SELF_MODIFYING = (
     "write_threshold",
     "write_cost",
     "counters",
+    "counter_noise",
 )
 # Who reads the fields that are not for every mixer.
 _OWNERS = {
@@ -135,7 +136,8 @@ class HopeConfig(PreTrainedConfig):
         write_cost: what a lasting write adds to the training loss, in nats (see
             `nestlearn.nn.write_cost`); like the loss it is divided by the number of labels.
         counters: channels beside the heads that are plain sums, which count
-            (`nestlearn.nn.counting`).
+            (`nestlearn.nn.counting`). counter_noise: what is counted is off by normal numbers of
+            this deviation in training.
         allow_neg_eigval: writes of the delta rule (deltanet, gated_deltanet, comba) may be up to 2,
             where ``I - eta k k^T`` has an eigenvalue of -1, in the place of 1: such a memory can
             turn a value round, which tracking a state takes (Grazzi et al. 2025, arXiv 2411.12537).
@@ -182,6 +184,7 @@ class HopeConfig(PreTrainedConfig):
     write_threshold: float = 0.0
     write_cost: float = 0.0
     counters: int = 0
+    counter_noise: float = 0.0
     allow_neg_eigval: bool = False
     conv_size: int = 4
     sliding_window: int | None = None
@@ -292,11 +295,13 @@ class HopeConfig(PreTrainedConfig):
             value = getattr(self, field)
             fits = _number(value) and 0 < value < float("inf")
             _require(fits, field, value, "a number > 0")
-        share, cost = self.write_threshold, self.write_cost
+        share = self.write_threshold
         fits = _number(share) and 0 <= share < 1
         _require(fits, "write_threshold", share, "a number in [0, 1)")
-        fits = _number(cost) and 0 <= cost < float("inf")
-        _require(fits, "write_cost", cost, "a number >= 0")
+        for field in ("write_cost", "counter_noise"):
+            value = getattr(self, field)
+            fits = _number(value) and 0 <= value < float("inf")
+            _require(fits, field, value, "a number >= 0")
         fits = type(self.counters) is int and self.counters >= 0
         _require(fits, "counters", self.counters, "an integer >= 0")
         for field in _YES_NO:
