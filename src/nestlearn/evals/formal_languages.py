@@ -191,7 +191,7 @@ class FormalLanguages(Trained):
             Size(64, 1, 2), steps=500, batch=32, lrs=(3e-3, 1e-2), weight_decays=(0.0,),
             # Not Titans: written at every symbol it takes an hour of one core (--systems titans).
             systems=("transformer", "linear_attention", "deltanet", "gated_deltanet",
-                     "gated_deltanet_neg", "hope_attention", "hope", "hope_counters"),
+                     "gated_deltanet_neg", "lstm", "hope_attention", "hope", "hope_counters"),
             examples=200,
         ),
         "small": Plan(
