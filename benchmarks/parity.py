@@ -26,6 +26,7 @@ SYSTEMS: dict[str, dict[str, Any]] = {
     "self_modifying": {"mixer": "self_modifying", "memory_chunk": 1, "projection_chunk": 1},
     "attention": {"mixer": "attention"},
     "gated_deltanet": {"mixer": "gated_deltanet"},
+    "gated_deltanet_neg": {"mixer": "gated_deltanet", "allow_neg_eigval": True},
     "lstm": {"mixer": "lstm"},
     "srwm": {"mixer": "srwm"},
 }

@@ -94,7 +94,7 @@ class SelfModifyingTitans(nn.Module):
             states (truncated backpropagation); False: the gradient goes through all writes.
         adaptive: roles among k, v, q, eta, alpha that have a memory; others are linear maps.
         eta_max: largest inner learning rate. Above 1 a write may turn an answer round (the proximal
-            step exceeds 1/2), which tracking a state such as a parity takes.
+            step exceeds 1/2), which helps to track a state such as a parity.
         write_threshold: c in [0, 1): a token whose gate, the sigmoid in η, is not above c writes
             exactly nothing, so that any number of such tokens leaves the memories as they are but
             for α; ``η = η_max max(0, gate - c) / (1 - c)``. The outer gradient of M_mem's writes
