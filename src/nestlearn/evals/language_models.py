@@ -52,8 +52,8 @@ class TextPlan(Plan):
 
 PLANS: Mapping[Scale, TextPlan] = {
     "tiny": TextPlan(
-        Size(128, 4, 4), steps=400, batch=16, lrs=(3e-3, 6e-3, 1.2e-2, 2.4e-2), seeds=1,
-        examples=128, limit=60,
+        Size(128, 4, 4), steps=400, batch=16, lrs=(3e-3, 1.2e-2, 2.4e-2), seeds=1, examples=128,
+        limit=60,
         systems=("transformer", "gated_deltanet", "titans", "hope_attention", "hope"),
     ),
     "small": TextPlan(
