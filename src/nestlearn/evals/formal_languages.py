@@ -235,11 +235,16 @@ class FormalLanguages(Trained):
         if not systems:
             return False
         figure, axes = plt.subplots(1, 2, figsize=(14, 4), sharey=True)
+        pairs = plt.get_cmap("tab20").colors  # type: ignore[attr-defined]
+        colours = pairs[::2] + pairs[1::2]  # a dark and a light one of each
         for axis, split in zip(axes, BINS, strict=True):
             for i, system in enumerate(systems):
                 means = [self.mean(results, task, system, split) or 0.0 for task in LANGUAGES]
                 places = [k + 0.8 * (i + 0.5) / len(systems) - 0.4 for k in range(len(means))]
-                axis.bar(places, means, 0.75 / len(systems), label=self.compared[system].label)
+                axis.bar(
+                    places, means, 0.75 / len(systems), color=colours[i % len(colours)],
+                    label=self.compared[system].label,
+                )  # fmt: skip
             axis.set_xticks(range(len(LANGUAGES)), list(LANGUAGES))
             axis.set(title=f"{split}: words of {BINS[split][0]} to {BINS[split][1]}", ylim=(0, 104))
         axes[0].set_ylabel("words right, %")

@@ -36,7 +36,11 @@ SYSTEMS: dict[str, System] = {
     "linear_attention": System("Linear attention", {"mixer": "linear_attention"}),
     "retnet": System("RetNet", {"mixer": "retnet"}),
     "deltanet": System("DeltaNet", {"mixer": "deltanet"}),
+    "deltanet_neg": System("DeltaNet (η to 2)", {"mixer": "deltanet", "allow_neg_eigval": True}),
     "gated_deltanet": System("Gated DeltaNet", {"mixer": "gated_deltanet"}),
+    "gated_deltanet_neg": System(
+        "Gated DeltaNet (η to 2)", {"mixer": "gated_deltanet", "allow_neg_eigval": True}
+    ),
     "rwkv7": System("RWKV-7", {"mixer": "rwkv7"}),
     "comba": System("Comba", {"mixer": "comba"}),
     "samba": System("Samba", {"mixer": "samba"}, attention=True),
@@ -60,11 +64,6 @@ SYSTEMS: dict[str, System] = {
 }
 """Hope differs from the others in its mixer and in its MLPs' levels (CMS). Counters are plain
 sums beside its heads (`nestlearn.nn.counting`)."""
-# Writes up to 2: what the delta rule can do with states that turn round.
-for _name in ("deltanet", "gated_deltanet"):
-    SYSTEMS[f"{_name}_neg"] = SYSTEMS[_name].but(
-        f"{SYSTEMS[_name].label} (η to 2)", allow_neg_eigval=True
-    )
 SYSTEMS["hope_counters"] = SYSTEMS["hope"].but("Hope (counters)", counters=16, counter_noise=0.05)
 
 
