@@ -99,6 +99,15 @@ def test_a_key_from_another_version_is_refused(tmp_path):
         HopeConfig.from_pretrained(tmp_path)
 
 
+def test_options_reach_the_layers_that_read_them():
+    mixers = ["gated_deltanet", "titans", "self_modifying"]
+    fields = {"allow_neg_eigval": True, "counters": 3, "counter_noise": 0.1}
+    config = HopeConfig.preset("tiny", mixer=mixers, num_hidden_layers=3, **fields)
+    delta, titans, hope = (block.mixer for block in HopeForCausalLM(config).model.blocks)
+    assert (delta.spec.eta_max, titans.spec.eta_max) == (2.0, 1.0)
+    assert (hope.counters, hope.counter_noise) == (3, 0.1)
+
+
 def test_layers_take_turns(tmp_path):
     config = HopeConfig.preset("small", mixer="samba", num_hidden_layers=3)
     assert config.layer_mixers == ["mamba2", "attention", "mamba2"]

@@ -206,6 +206,7 @@ def test_retention_starts_near_one():
         (lambda: get_spec("titans", expansion=0), "expansion"),
         (lambda: get_spec("titans", feature="quadratic"), "depth=1"),
         (lambda: get_spec("deltanet", depth=2), "rule='gradient'"),
+        (lambda: get_spec("deltanet", eta_max=2.1), "eta_max must be at most 2, got 2.1"),
         (lambda: get_spec("deltanet", readout="chunk"), "token by token"),
         (lambda: get_spec("deltanet", rule="oja"), "normalise_values=True"),
         (lambda: get_spec("atlas", rule="dgd"), "no window"),
