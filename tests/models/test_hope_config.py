@@ -61,6 +61,7 @@ def test_preset_overrides_keep_the_proportions():
         ({"counters": -1}, "counters"),
         ({"counters": 4, "mixer": "titans"}, "belongs to 'self_modifying'"),
         ({"counter_noise": "much"}, "counter_noise"),
+        ({"counter_noise": 0.1}, "0 with counters=0"),
         ({"allow_neg_eigval": 1, "mixer": "deltanet"}, "allow_neg_eigval"),
         ({"allow_neg_eigval": True}, "belongs to 'deltanet', 'gated_deltanet', 'comba'"),
         ({"memory_chunk": 0}, "memory_chunk"),

@@ -138,6 +138,7 @@ def test_writing_matters():
         ({"rule": "sgd"}, "unknown rule"),
         ({"counters": -1}, "counters must be at least 0, got -1"),
         ({"counter_noise": -0.1}, "counter_noise must be a number >= 0, got -0.1"),
+        ({"counter_noise": 0.1}, "acts on counters: there are none"),
         ({"adaptive": ("k", "w")}, "unknown adaptive role 'w'"),
         ({"memory_chunk": 0}, "memory_chunk must be at least 1"),
         ({"projection_chunk": -1}, "projection_chunk must be at least 1"),

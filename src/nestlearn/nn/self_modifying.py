@@ -178,6 +178,8 @@ class SelfModifyingTitans(nn.Module):
             raise ValueError(f"counters must be at least 0, got {counters}")
         if not 0 <= counter_noise < float("inf"):
             raise ValueError(f"counter_noise must be a number >= 0, got {counter_noise}")
+        if counter_noise and not counters:
+            raise ValueError(f"counter_noise {counter_noise} acts on counters: there are none")
         self.dim, self.heads, self.conv_size = dim, heads, conv_size
         self.counters, self.counter_noise = counters, counter_noise
         self.checkpoint_chunks = checkpoint_chunks

@@ -304,6 +304,8 @@ class HopeConfig(PreTrainedConfig):
             _require(fits, field, value, "a number >= 0")
         fits = type(self.counters) is int and self.counters >= 0
         _require(fits, "counters", self.counters, "an integer >= 0")
+        fits = self.counters > 0 or self.counter_noise == 0
+        _require(fits, "counter_noise", self.counter_noise, "0 with counters=0: it acts on them")
         for field in _YES_NO:
             value = getattr(self, field)
             _require(isinstance(value, bool), field, value, "True or False")
