@@ -116,15 +116,20 @@ class Memory:
                 ]
 
 
+def convolved(x, kernel):
+    """Every channel over a window that ends at the token; what was before the first is zero."""
+    width = kernel.shape[1]
+    padded = torch.cat([x.new_zeros(len(x), width - 1, x.shape[-1]), x], 1)
+    return torch.stack(
+        [(padded[:, t : t + width].mT * kernel).sum(-1) for t in range(x.shape[1])], 1
+    )
+
+
 def oracle(layer, x):
     """The layer's output, computed row by row, head by head, token by token."""
     size = DIM // HEADS
-    kernel = layer.conv.weight[:, 0]
-    mapped = layer.in_proj(x)
-    padded = torch.cat([mapped.new_zeros(len(x), layer.conv_size - 1, mapped.shape[-1]), mapped], 1)
-    conv = torch.stack(
-        [(padded[:, t : t + layer.conv_size].mT * kernel).sum(-1) for t in range(x.shape[1])], 1
-    )
+    x = convolved(x, layer.in_conv.weight[:, 0])
+    conv = convolved(layer.in_proj(x), layer.conv.weight[:, 0])
     widths = [DIM] * 3 + [DIM + layer.counters, layer.counters]
     streams = dict(zip(("k", "v", "q", "gate", "count"), conv.split(widths, -1), strict=True))
     group, main = layer.projections, layer.memory
@@ -197,8 +202,8 @@ def test_layer_equals_token_recurrence(variant):
     } | variant
     layer = SelfModifyingTitans(DIM, HEADS, **settings).double()
     for name, p in layer.named_parameters():
-        if name.endswith("momentum_logit"):
-            nn.init.uniform_(p, -1, 1)  # a decay that shows
+        if name.endswith(("momentum_logit", "in_conv.weight")):
+            nn.init.uniform_(p, -1, 1)  # a decay and a mixture that show
     x = torch.randn(2, TOKENS, DIM, dtype=torch.float64, requires_grad=True)
     y, _ = layer(x)
     expected = oracle(layer, x)

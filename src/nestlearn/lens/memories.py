@@ -195,7 +195,8 @@ def _self_modifying(module: SelfModifyingTitans, scope: Scope) -> Found:
                 slow=outer,
             )
         )
-    flops = matrix_flops([module.in_proj.weight, module.out_proj.weight, module.conv.weight])
+    convs = [module.in_conv.weight, module.conv.weight]
+    flops = matrix_flops([module.in_proj.weight, module.out_proj.weight, *convs])
     if module.scalar_proj is not None:
         flops |= matrix_flops([module.scalar_proj.weight])
     return Found(fast=tuple(boxes), flops=flops)

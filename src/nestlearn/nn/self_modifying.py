@@ -32,7 +32,7 @@ class SelfModifyingState(State):
     """State of one `SelfModifyingTitans` layer.
 
     Attributes:
-        history: last inputs of the convolution, ``(B, W-1, ·)``: the streams, side by side.
+        history: last inputs of the convolutions, ``(B, W-1, ·)``: x and the streams, side by side.
         projections: the memories M_k, M_v, … in the order of ``adaptive``; None if there are none.
         memory: the main memory M_mem.
         sums: of the counters, ``(B, counters)``; None if there are none.
@@ -66,9 +66,9 @@ class SelfModifyingTitans(nn.Module):
 
     k, v, q and v̂ are of norm 1 and the step is proximal, η/(1 + η ‖input‖²), per layer (SPEC §5,
     Choice). The outer gradient goes through all writes. Our reading: memories act on heads, and x_t
-    is mapped to heads of norm 1 first, followed by a causal convolution: by a map of its own for
-    each of k, v and q; M_η and M_α read what M_v reads. An untrained layer is a memory of what
-    followed what: see `reset_parameters`.
+    is mapped to heads of norm 1 first, between two causal convolutions (`in_conv` before the maps,
+    `conv` behind them): by a map of its own for each of k, v and q; M_η and M_α read what M_v
+    reads. An untrained layer is a memory of what followed what: see `reset_parameters`.
 
     Args:
         dim: width D, divisible by ``heads``.
@@ -99,7 +99,7 @@ class SelfModifyingTitans(nn.Module):
             exactly nothing, so that any number of such tokens leaves the memories as they are but
             for α; ``η = η_max max(0, gate - c) / (1 - c)``. The outer gradient of M_mem's writes
             ignores the max: training can open a gate again. **Our choice**, off by default.
-        conv_size: window of the causal convolution behind the maps to heads.
+        conv_size: window of the causal convolutions before and behind the maps to heads.
         counters: channels beside the heads that are plain sums, ``M_t = M_{t-1} + v_t``
             (`nestlearn.nn.counting`): they count further than they were trained to, where memories
             that are bounded saturate. **Our choice**, off by default.
@@ -200,6 +200,7 @@ class SelfModifyingTitans(nn.Module):
         )
         scalars = ("eta", "alpha") if weight_decay else ("eta",)
         self.fixed_scalars = [r for r in scalars if r not in self.adaptive]
+        self.in_conv = CausalConv(dim, conv_size, noise=0.0)
         self.in_proj = nn.Linear(dim, sum(self.widths.values()), bias=False)
         self.conv = CausalConv(sum(self.widths.values()), conv_size)
         self.scalar_proj = (
@@ -228,7 +229,7 @@ class SelfModifyingTitans(nn.Module):
         keys are, but from the token itself. So the memory answers a token with what came after it
         the last time. From unrelated random projections training finds this recall late or not at
         all (docs/results.md). The gate begins with a wider mixture of the last tokens than the
-        convolution's own.
+        convolution's own. The convolution before the maps begins as the identity.
         """
         if self.conv_size < 2:
             return
@@ -244,8 +245,9 @@ class SelfModifyingTitans(nn.Module):
     ) -> SelfModifyingState:
         """State before the first token. ``device`` and ``dtype`` default to the parameters'."""
         dtype = dtype or self.in_proj.weight.dtype
+        convs = (self.in_conv, self.conv)
         state = SelfModifyingState(
-            self.conv.init_history(batch_size, dtype=dtype),
+            torch.cat([conv.init_history(batch_size, dtype=dtype) for conv in convs], -1),
             None
             if self.projections is None
             else self.projections.init_state(batch_size, wide(dtype)),
@@ -279,7 +281,10 @@ class SelfModifyingTitans(nn.Module):
     ) -> tuple[Tensor, SelfModifyingState]:
         batch, length, _ = x.shape
         state = self.init_state(batch, dtype=x.dtype) if state is None else state
-        conv, history = self.conv(self.in_proj(x), state.history)
+        read, mapped = state.history.split([self.dim, self.conv.dim], -1)
+        x, read = self.in_conv(x, read)
+        conv, mapped = self.conv(self.in_proj(x), mapped)
+        history = torch.cat([read, mapped], -1)
         streams = self._streams(conv, -1)
         # Fast weights are accumulated sums: float32 at least, whatever the layer runs in.
         with torch.autocast(x.device.type, enabled=False):
