@@ -16,7 +16,6 @@ class CausalConv(nn.Module):
     Args:
         dim: channels D.
         size: window length W >= 1.
-        noise: weights of the earlier tokens are uniform in [-noise, noise] before training.
 
     Shapes: ``forward(x (B, T, D), history (B, W-1, D)) -> (y (B, T, D), history)``.
 
@@ -27,18 +26,18 @@ class CausalConv(nn.Module):
         torch.Size([2, 3, 8])
     """
 
-    def __init__(self, dim: int, size: int = 4, noise: float = 0.3):
+    def __init__(self, dim: int, size: int = 4):
         super().__init__()
         if size < 1:
             raise ValueError(f"conv size must be at least 1, got {size}")
-        self.dim, self.size, self.noise = dim, size, noise
+        self.dim, self.size = dim, size
         self.weight = nn.Parameter(torch.empty(dim, 1, size))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Identity on the current token, small noise on the earlier ones."""
         with torch.no_grad():
-            self.weight.uniform_(-self.noise, self.noise)
+            self.weight.uniform_(-0.3, 0.3)
             self.weight[..., -1] = 1.0
 
     def init_history(

@@ -200,7 +200,7 @@ class SelfModifyingTitans(nn.Module):
         )
         scalars = ("eta", "alpha") if weight_decay else ("eta",)
         self.fixed_scalars = [r for r in scalars if r not in self.adaptive]
-        self.in_conv = CausalConv(dim, conv_size, noise=0.0)
+        self.in_conv = CausalConv(dim, conv_size)
         self.in_proj = nn.Linear(dim, sum(self.widths.values()), bias=False)
         self.conv = CausalConv(sum(self.widths.values()), conv_size)
         self.scalar_proj = (
@@ -229,7 +229,7 @@ class SelfModifyingTitans(nn.Module):
         keys are, but from the token itself. So the memory answers a token with what came after it
         the last time. From unrelated random projections training finds this recall late or not at
         all (docs/results.md). The gate begins with a wider mixture of the last tokens than the
-        convolution's own. The convolution before the maps begins as the identity.
+        convolution's own.
         """
         if self.conv_size < 2:
             return
