@@ -216,16 +216,13 @@ def test_frozen_counters_are_read_and_do_not_count():
 def test_counters_are_noisy_in_training_only():
     torch.manual_seed(0)
     out, sums = count(torch.zeros(400, 25, 2), torch.full((400, 2), 7.0), noise=0.1)
-    read = out / (1 - out)  # what 1 - 1 / (1 + M) was made of
-    assert read.mean().sub(7).abs() < 0.01 and read.std().sub(0.1).abs() < 0.01
-    assert read[:, -1].std().sub(0.1).abs() < 0.01  # it does not add up
-    assert torch.equal(sums, torch.full((400, 2), 7.0))
+    assert sums.mean().sub(7).abs() < 0.05 and sums.std().sub(0.5).abs() < 0.05  # 0.1 x sqrt(25)
+    torch.testing.assert_close(out[:, -1], sums / (1 + sums.abs()))
     layer = SelfModifyingTitans(16, 2, counters=3, counter_noise=0.1)
     plain = SelfModifyingTitans(16, 2, counters=3)
     plain.load_state_dict(layer.state_dict())
     x = torch.randn(2, 9, 16)
-    assert not torch.equal(layer(x)[0], layer(x)[0])
-    assert torch.equal(layer(x)[1].sums, plain(x)[1].sums)
+    assert not torch.equal(layer(x)[1].sums, layer(x)[1].sums)
     assert torch.equal(layer.eval()(x)[0], plain(x)[0])
 
 

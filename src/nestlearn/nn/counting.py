@@ -18,15 +18,14 @@ def count(
     look the same however large another count has become.
 
     Training on short texts leaves increments that do not quite cancel, and what they leave adds up
-    beyond. With ``noise`` a sum is read with an error, a normal number of that deviation, so that
-    counts have to be told apart with room to spare. The sum itself stays exact: an error in every
-    value adds up, too, and soon hides whether a count is zero or one (docs/results.md Table 5).
+    beyond. With ``noise`` every value is off by a normal number of that deviation, so that counts
+    have to be told apart with room to spare.
 
     Args:
         values: v, ``(B, T, C)``; whole numbers in float32 are exact up to 2²⁴.
         start: M before the first of them, ``(B, C)``.
         frozen: read M, and do not write.
-        noise: standard deviation of what is added to a sum where it is read, for training.
+        noise: standard deviation of what is added to every value, for training.
 
     Returns:
         The outputs ``(B, T, C)`` and M after the last token.
@@ -40,7 +39,8 @@ def count(
         >>> [round(o, 2) for o in out.flatten().tolist()], after.item()
         ([0.5, 0.67, 0.75, 0.67], 2.0)
     """
+    if noise:
+        values = values + noise * torch.randn_like(values)
     before = start.unsqueeze(1)
     sums = before.expand_as(values) if frozen else before + values.cumsum(1)
-    read = sums + noise * torch.randn_like(sums) if noise else sums
-    return F.softsign(read), sums[:, -1]
+    return F.softsign(sums), sums[:, -1]

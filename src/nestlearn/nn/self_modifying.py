@@ -103,8 +103,8 @@ class SelfModifyingTitans(nn.Module):
         counters: channels beside the heads that are plain sums, ``M_t = M_{t-1} + v_t``
             (`nestlearn.nn.counting`): they count further than they were trained to, where memories
             that are bounded saturate. **Our choice**, off by default.
-        counter_noise: in training a count is read with a normal error of this standard deviation;
-            with 0.2 counts hold further beyond the lengths of training.
+        counter_noise: in training every value that is counted is off by a normal number of this
+            standard deviation; 0.05 makes counts hold further beyond the lengths of training.
         checkpoint_chunks: > 0: recompute activations in the backward pass, so many chunks at once.
 
     Shapes: ``forward(x (B, T, D), state=None, mask=None) -> (y (B, T, D), state)``; ``mask (B, T)``

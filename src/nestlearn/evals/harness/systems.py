@@ -64,7 +64,7 @@ SYSTEMS: dict[str, System] = {
 }
 """Hope differs from the others in its mixer and in its MLPs' levels (CMS). Counters are plain
 sums beside its heads (`nestlearn.nn.counting`)."""
-SYSTEMS["hope_counters"] = SYSTEMS["hope"].but("Hope (counters)", counters=16, counter_noise=0.2)
+SYSTEMS["hope_counters"] = SYSTEMS["hope"].but("Hope (counters)", counters=16, counter_noise=0.05)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -136,8 +136,8 @@ class HopeConfig(PreTrainedConfig):
         write_cost: what a lasting write adds to the training loss, in nats (see
             `nestlearn.nn.write_cost`); like the loss it is divided by the number of labels.
         counters: channels beside the heads that are plain sums, which count
-            (`nestlearn.nn.counting`). counter_noise: counts are read with normal errors of this
-            deviation in training.
+            (`nestlearn.nn.counting`). counter_noise: what is counted is off by normal numbers of
+            this deviation in training.
         allow_neg_eigval: writes of the delta rule (deltanet, gated_deltanet, comba) may be up to 2,
             where ``I - eta k k^T`` has an eigenvalue of -1, in the place of 1: such a memory can
             turn a value round, which tracking a state takes (Grazzi et al. 2025, arXiv 2411.12537).
