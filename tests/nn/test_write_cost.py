@@ -123,7 +123,7 @@ def test_experiments_pay_per_answer():
 
 def test_a_model_that_pays_learns_to_write_less():
     charged, tokens = model(1.0, write_threshold=0.004), torch.randint(20, (2, 64))
-    optimizer = torch.optim.Adam(charged.parameters(), 3e-3)
+    optimizer = torch.optim.Adam(charged.parameters(), 1e-2)
     counts = []
     for _ in range(60):
         loss = charged(input_ids=tokens).write_loss
