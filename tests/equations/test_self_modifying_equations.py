@@ -128,8 +128,9 @@ def convolved(x, kernel):
 def oracle(layer, x):
     """The layer's output, computed row by row, head by head, token by token."""
     size = DIM // HEADS
+    values = [layer.count_proj(x)] if layer.counters else []
     x = convolved(x, layer.in_conv.weight[:, 0])
-    conv = convolved(layer.in_proj(x), layer.conv.weight[:, 0])
+    conv = convolved(torch.cat([layer.in_proj(x), *values], -1), layer.conv.weight[:, 0])
     widths = [DIM] * 3 + [DIM + layer.counters, layer.counters]
     streams = dict(zip(("k", "v", "q", "gate", "count"), conv.split(widths, -1), strict=True))
     group, main = layer.projections, layer.memory

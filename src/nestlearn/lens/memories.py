@@ -197,6 +197,8 @@ def _self_modifying(module: SelfModifyingTitans, scope: Scope) -> Found:
         )
     convs = [module.in_conv.weight, module.conv.weight]
     flops = matrix_flops([module.in_proj.weight, module.out_proj.weight, *convs])
+    if module.count_proj is not None:
+        flops |= matrix_flops([module.count_proj.weight])
     if module.scalar_proj is not None:
         flops |= matrix_flops([module.scalar_proj.weight])
     return Found(fast=tuple(boxes), flops=flops)

@@ -102,7 +102,8 @@ class SelfModifyingTitans(nn.Module):
         conv_size: window of the causal convolutions before and behind the maps to heads.
         counters: channels beside the heads that are plain sums, ``M_t = M_{t-1} + v_t``
             (`nestlearn.nn.counting`): they count further than they were trained to, where memories
-            that are bounded saturate. **Our choice**, off by default.
+            that are bounded saturate. v_t is a map of x_t itself (`count_proj`), without
+            `in_conv`. **Our choice**, off by default.
         counter_noise: in training every value that is counted is off by a normal number of this
             standard deviation; 0.05 makes counts hold further beyond the lengths of training.
         checkpoint_chunks: > 0: recompute activations in the backward pass, so many chunks at once.
@@ -185,7 +186,7 @@ class SelfModifyingTitans(nn.Module):
         self.checkpoint_chunks = checkpoint_chunks
         self.adaptive = tuple(r for r in ROLES if r in adaptive and (r != "alpha" or weight_decay))
         size = dim // heads
-        # What the token is mapped to, in the order of the rows of ``in_proj``.
+        # What the token is mapped to: the channels of ``conv``.
         self.widths = {**dict.fromkeys(VECTORS, dim), "gate": dim + counters}
         if counters:
             self.widths["count"] = counters
@@ -201,7 +202,8 @@ class SelfModifyingTitans(nn.Module):
         scalars = ("eta", "alpha") if weight_decay else ("eta",)
         self.fixed_scalars = [r for r in scalars if r not in self.adaptive]
         self.in_conv = CausalConv(dim, conv_size)
-        self.in_proj = nn.Linear(dim, sum(self.widths.values()), bias=False)
+        self.in_proj = nn.Linear(dim, 4 * dim + counters, bias=False)
+        self.count_proj = nn.Linear(dim, counters, bias=False) if counters else None
         self.conv = CausalConv(sum(self.widths.values()), conv_size)
         self.scalar_proj = (
             nn.Linear(dim, heads * len(self.fixed_scalars), bias=False)
@@ -233,9 +235,10 @@ class SelfModifyingTitans(nn.Module):
         """
         if self.conv_size < 2:
             return
-        taps, maps = self._streams(self.conv.weight, 0), self._streams(self.in_proj.weight, 0)
+        taps = self._streams(self.conv.weight, 0)
+        key_map, _, query_map = self.in_proj.weight[: 3 * self.dim].chunk(3)
         taps["gate"][..., :-1].uniform_(-0.5, 0.5)
-        look_back(taps["k"], maps["k"], maps["q"])
+        look_back(taps["k"], key_map, query_map)
 
     def init_state(
         self,
@@ -282,8 +285,10 @@ class SelfModifyingTitans(nn.Module):
         batch, length, _ = x.shape
         state = self.init_state(batch, dtype=x.dtype) if state is None else state
         read, mapped = state.history.split([self.dim, self.conv.dim], -1)
+        values = None if self.count_proj is None else self.count_proj(x)
         x, read = self.in_conv(x, read)
-        conv, mapped = self.conv(self.in_proj(x), mapped)
+        maps = self.in_proj(x) if values is None else torch.cat([self.in_proj(x), values], -1)
+        conv, mapped = self.conv(maps, mapped)
         history = torch.cat([read, mapped], -1)
         streams = self._streams(conv, -1)
         # Fast weights are accumulated sums: float32 at least, whatever the layer runs in.
@@ -323,7 +328,7 @@ class SelfModifyingTitans(nn.Module):
         return out, projections, memory
 
     def _streams(self, joined: Tensor, axis: int) -> dict[str, Tensor]:
-        """The parts of what has the rows of ``in_proj`` along an axis, by name."""
+        """The parts of what has the channels of ``conv`` along an axis, by name."""
         parts = joined.split(list(self.widths.values()), axis)
         return dict(zip(self.widths, parts, strict=True))
 
