@@ -195,12 +195,9 @@ def _self_modifying(module: SelfModifyingTitans, scope: Scope) -> Found:
                 slow=outer,
             )
         )
-    convs = [module.in_conv.weight, module.conv.weight]
-    flops = matrix_flops([module.in_proj.weight, module.out_proj.weight, *convs])
-    if module.count_proj is not None:
-        flops |= matrix_flops([module.count_proj.weight])
-    if module.scalar_proj is not None:
-        flops |= matrix_flops([module.scalar_proj.weight])
+    maps = (module.in_conv, module.in_proj, module.count_proj, module.conv, module.scalar_proj,
+            module.out_proj)  # fmt: skip
+    flops = matrix_flops([m.weight for m in maps if m is not None])
     return Found(fast=tuple(boxes), flops=flops)
 
 

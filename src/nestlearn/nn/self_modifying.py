@@ -285,9 +285,10 @@ class SelfModifyingTitans(nn.Module):
         batch, length, _ = x.shape
         state = self.init_state(batch, dtype=x.dtype) if state is None else state
         read, mapped = state.history.split([self.dim, self.conv.dim], -1)
-        values = None if self.count_proj is None else self.count_proj(x)
-        x, read = self.in_conv(x, read)
-        maps = self.in_proj(x) if values is None else torch.cat([self.in_proj(x), values], -1)
+        mixed, read = self.in_conv(x, read)
+        maps = self.in_proj(mixed)
+        if self.count_proj is not None:
+            maps = torch.cat([maps, self.count_proj(x)], -1)
         conv, mapped = self.conv(maps, mapped)
         history = torch.cat([read, mapped], -1)
         streams = self._streams(conv, -1)
@@ -295,7 +296,7 @@ class SelfModifyingTitans(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             inputs = {n: self._heads(streams[n]) for n in VECTORS}
             if self.scalar_proj is not None:
-                scalars = self.scalar_proj(x.to(self.scalar_proj.weight.dtype))
+                scalars = self.scalar_proj(mixed.to(self.scalar_proj.weight.dtype))
                 scalars = scalars.to(wide(x.dtype)).mT.unflatten(1, (-1, self.heads))
                 inputs |= dict(zip(self.fixed_scalars, scalars.unbind(1), strict=True))
             out, projections, memory = self._memories(inputs, state)
