@@ -9,14 +9,15 @@ from pathlib import Path
 
 SCRIPT = """
 import sys, warnings
-import torch, torch.distributed as dist
+import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from nestlearn.optim import DGD, M3, AssociativeMomentum, DeepMomentum, DeltaMomentum
+from nestlearn.train.distributed import Distributed
 from tests.optim.models import loss_of, tiny_lm
 
-dist.init_process_group("gloo")
+processes = Distributed.start("cpu")
 mesh = init_device_mesh("cpu", (2,))
 warnings.simplefilter("ignore", RuntimeWarning)
 
@@ -50,7 +51,7 @@ for name, make in makers.items():
         if step == 3:  # one process's part of one gradient is bad
             alone.up.weight.grad[0, 0] = float("nan")
             part = shared.up.weight.grad.to_local()
-            if dist.get_rank() == 0:
+            if processes.main:
                 part[0, 0] = float("nan")
         a.step(), b.step()
     for (key, p), q in zip(alone.named_parameters(), shared.parameters()):
@@ -60,10 +61,10 @@ for name, make in makers.items():
     assert a.skipped == b.skipped == 1, (name, a.skipped, b.skipped)
     if hasattr(a, "close"):
         a.close(), b.close()
-    if dist.get_rank() == 0:
+    if processes.main:
         print("same", name, flush=True)
-dist.barrier()
-dist.destroy_process_group()
+processes.barrier()
+processes.close()
 """
 
 

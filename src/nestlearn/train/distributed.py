@@ -57,7 +57,8 @@ class Distributed:
         if self.world > 1 and dist.is_initialized():
             # Gloo's threads need the interpreter lock to release the tensors of the last exchange;
             # freeing the group while we hold that lock would wait for them forever (seen in one of
-            # five runs). Sleeping gives the lock away.
+            # five runs), and one that asks for it when the interpreter ends aborts the process
+            # (seen once on a loaded machine, without this wait). Sleeping gives the lock away.
             time.sleep(0.3)
             dist.destroy_process_group()
 
