@@ -189,7 +189,7 @@ def counted(values):
         loss = -((alias @ values.new_ones(1)) * v).sum()
         M = M - torch.autograd.grad(loss, alias, create_graph=True)[0]
         read = M @ values.new_ones(1)
-        outs.append(read / (1 + read.abs()))
+        outs.append(read / (4 + read.abs()))
     return torch.stack(outs)
 
 

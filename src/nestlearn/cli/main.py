@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from nestlearn.heap import keep_freed_memory
+
 
 @dataclass(frozen=True)
 class Command:
@@ -86,6 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     if "OMP_WAIT_POLICY" not in os.environ:  # read when torch is imported, which is later
         os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
+    keep_freed_memory()
     try:
         status = _dispatch(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from nestlearn.heap import keep_freed_memory
+
 POLL = 2.0
 """Seconds between two looks at whether the parent lives."""
 
@@ -52,7 +54,8 @@ def in_parallel(
 
 
 def _begin(threads: int, parent: int) -> None:
-    """In a new process: its threads, and an end when its parent is gone."""
+    """In a new process: its threads, its memory, and an end when its parent is gone."""
+    keep_freed_memory()
     torch.set_num_threads(threads)
     threading.Thread(target=_follow, args=(parent,), daemon=True).start()
 
