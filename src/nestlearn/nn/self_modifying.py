@@ -22,11 +22,6 @@ from nestlearn.nn.self_write import WriteRule
 from nestlearn.nn.write_cost import record
 from nestlearn.rules.decay import wide
 
-# What counters are read with before training, where the heads' answers are read with 1: what a
-# count can decide is then learned from it first (docs/results.md Table 5).
-LOUD = 4.0
-
-
 @dataclasses.dataclass
 class SelfModifyingState(State):
     """State of one `SelfModifyingTitans` layer.
@@ -219,7 +214,7 @@ class SelfModifyingTitans(nn.Module):
         )
         self.memory = MainMemory(readout, chunk=memory_chunk, **group)
         self.norm_weight = nn.Parameter(torch.ones(heads, size))
-        self.count_weight = nn.Parameter(torch.full((counters,), LOUD)) if counters else None
+        self.count_weight = nn.Parameter(torch.ones(counters)) if counters else None
         self.out_proj = nn.Linear(dim + counters, dim, bias=False)
         self.reset_parameters()
 
