@@ -22,6 +22,7 @@ from nestlearn.nn.self_write import WriteRule
 from nestlearn.nn.write_cost import record
 from nestlearn.rules.decay import wide
 
+
 @dataclasses.dataclass
 class SelfModifyingState(State):
     """State of one `SelfModifyingTitans` layer.
