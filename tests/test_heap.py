@@ -10,13 +10,13 @@ import sys
 import pytest
 
 SCRIPT = """
-import torch
+import resource, torch
 from nestlearn.heap import keep_freed_memory
 
 kept = KEPT
 torch.ones(2**24)  # 64 MiB, freed at once
 with open("/proc/self/statm") as file:
-    resident = int(file.read().split()[1]) * 4096
+    resident = int(file.read().split()[1]) * resource.getpagesize()
 torch.ones(1)
 print(kept, resident)
 """
