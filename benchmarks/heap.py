@@ -101,17 +101,16 @@ def main() -> None:
         ratio = statistics.median(t["default"]["seconds"] / t["kept"]["seconds"] for t in turns)
         results.add(cell, {"turns": turns, "as_fast": ratio})
     rows = []
-    for cell in TOKENS:
-        row = results.get(cell) or {}
+    for row in results.rows():
         for how in ("default", "kept"):
-            means = {
-                n: statistics.median(t[how][n] for t in row["turns"])
-                for n in ("seconds", "system_share", "peak_mib")
-            }
-            rows.append((cell, how, 1e3 * means["seconds"], means["system_share"],
-                         means["peak_mib"], row["as_fast"] if how == "kept" else 1.0))  # fmt: skip
-    results.summarise({cell: (results.get(cell) or {})["as_fast"] for cell in TOKENS})
-    heads = ("training step", "freed memory", "ms", "system's share", "peak MiB", "as fast")
+            medians = [
+                statistics.median(turn[how][name] for turn in row["turns"])
+                for name in ("seconds", "system_share", "peak_mib")
+            ]
+            as_fast = row["as_fast"] if how == "kept" else 1.0
+            rows.append((row["cell"], how, *medians, as_fast))
+    results.summarise({row["cell"]: row["as_fast"] for row in results.rows()})
+    heads = ("training step", "freed memory", "seconds", "system's share", "peak MiB", "as fast")
     table("Training steps, median over rounds", heads, rows)
 
 

@@ -10,15 +10,13 @@ import sys
 import pytest
 
 SCRIPT = """
-import resource, torch
+import torch
+from nestlearn.cli.machine import resident_bytes
 from nestlearn.heap import keep_freed_memory
 
 kept = KEPT
 torch.ones(2**24)  # 64 MiB, freed at once
-with open("/proc/self/statm") as file:
-    resident = int(file.read().split()[1]) * resource.getpagesize()
-torch.ones(1)
-print(kept, resident)
+print(kept, resident_bytes())
 """
 
 

@@ -22,8 +22,8 @@ def keep_freed_memory() -> bool:
     that was ever in use, plus what cannot be fitted together.
 
     It acts on the whole process, also on what other libraries allocate from then on; therefore
-    ``import nestlearn`` does not do it. The commands of ``nestlearn`` do, and so do processes of
-    ``nestlearn reproduce``.
+    ``import nestlearn`` does not do it. The commands of ``nestlearn`` do, and so do the
+    processes in which cells of tables are measured.
 
     Returns:
         Whether it was set: False beside another C library, on another system, or where the
