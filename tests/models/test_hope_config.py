@@ -9,6 +9,8 @@ import torch
 from transformers import AutoConfig
 
 from nestlearn.models.hope import HopeConfig, HopeForCausalLM
+from nestlearn.nn.mixers import DEEP_MEMORIES, MIXERS
+from nestlearn.nn.presets import PRESETS
 
 NOMINAL = {"tiny": 0.13e6, "small": 1.0e6, "140m": 140e6, "760m": 760e6, "1.3b": 1.3e9}
 
@@ -71,6 +73,8 @@ def test_preset_overrides_keep_the_proportions():
         ({"sliding_window": 8}, "belongs to 'attention'"),
         ({"vocab_size": 10, "pad_token_id": 10}, "vocabulary"),
         ({"num_hidden_layers": 2.0}, "num_hidden_layers"),
+        ({"mixer": "samba", "num_hidden_layers": 1}, "at least 2 with mixer 'samba'"),
+        ({"mixer": "deltanet", "memory_width": 8}, "belongs to 'self_modifying', 'ttt_mlp'"),
     ],
 )
 def test_mistakes_are_named(settings, said):
@@ -107,6 +111,17 @@ def test_options_reach_the_layers_that_read_them():
     delta, titans, hope = (block.mixer for block in HopeForCausalLM(config).model.blocks)
     assert (delta.spec.eta_max, titans.spec.eta_max) == (2.0, 1.0)
     assert (hope.counters, hope.counter_noise) == (3, 0.1)
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_deep_memories_have_the_width_that_is_set(name):
+    deep = name in PRESETS and PRESETS[name].depth > 1 or name.startswith("titans_")
+    assert deep == (name in DEEP_MEMORIES)
+    if deep:
+        config = HopeConfig.preset("tiny", mixer=name, memory_width=21)
+        mixer = HopeForCausalLM(config).model.blocks[0].mixer
+        memory = getattr(mixer, "memory", mixer)
+        assert memory.initial[0].shape[1] == memory.initial[-1].shape[2] == 21
 
 
 def test_layers_take_turns(tmp_path):

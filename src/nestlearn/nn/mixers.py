@@ -70,6 +70,13 @@ def _attention(config: Any) -> nn.Module:
     )
 
 
+def _expansion(config: Any) -> dict[str, Any]:
+    """Of a neural memory whose width is given; shallow ones have none (`HopeConfig` refuses it)."""
+    if config.memory_width is None:
+        return {}
+    return {"expansion": config.memory_width * config.num_attention_heads / config.hidden_size}
+
+
 def _neural_memory(preset: str) -> Callable[[Any], nn.Module]:
     def build(config: Any) -> nn.Module:
         from nestlearn.nn.neural_memory import NeuralMemory
@@ -84,6 +91,7 @@ def _neural_memory(preset: str) -> Callable[[Any], nn.Module]:
             chunk=config.memory_chunk,
             conv_size=config.conv_size,
             **reflecting,
+            **_expansion(config),
         )
 
     return build
@@ -127,6 +135,7 @@ def _titans(wiring: str) -> Callable[[Any], nn.Module]:
             "chunk": config.memory_chunk,
             "conv_size": config.conv_size,
             "rope_theta": config.rope_theta,
+            **_expansion(config),
         }
         dim, heads = config.hidden_size, config.num_attention_heads
         if wiring == "context":
@@ -153,6 +162,9 @@ MIXERS: dict[str, Callable[[Any], nn.Module]] = {
 }
 WINDOWED = ("attention", "titans_mag", "titans_mal")
 """Mixers that read ``sliding_window``."""
+DEEP_MEMORIES = ("ttt_mlp", "titans", "dla", "atlas", "moneta", "yaad", "memora",
+                 "titans_mac", "titans_mag", "titans_mal")  # fmt: skip
+"""Mixers besides Hope's that read ``memory_width``."""
 DELTA_RULE = ("deltanet", "gated_deltanet", "comba")
 """Mixers that read ``allow_neg_eigval``."""
 
@@ -177,6 +189,16 @@ def layer_mixers(mixer: str | Sequence[str], layers: int) -> list[str]:
     for name in cycle:
         check_mixer(name)
     return [cycle[layer % len(cycle)] for layer in range(layers)]
+
+
+def least_layers(mixer: str | Sequence[str]) -> int:
+    """Layers a model needs at least: as many as a named pattern has.
+
+    Example:
+        >>> least_layers("samba"), least_layers("titans")
+        (2, 1)
+    """
+    return len(PATTERNS.get(mixer, (mixer,))) if isinstance(mixer, str) else 1
 
 
 def default_chunk(name: str) -> int:

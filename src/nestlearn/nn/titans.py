@@ -55,13 +55,16 @@ class _Wired(nn.Module):
         chunk: int = 64,
         conv_size: int = 4,
         rope_theta: float = 10_000.0,
+        expansion: float = 2.0,
     ):
         super().__init__()
         self.dim = dim
         self.attention = CausalSelfAttention(
             dim, heads, rope_theta, window=window, persistent=persistent
         )
-        self.memory = NeuralMemory(dim, heads, "titans", chunk=chunk, conv_size=conv_size)
+        self.memory = NeuralMemory(
+            dim, heads, "titans", chunk=chunk, conv_size=conv_size, expansion=expansion
+        )
         self.memory_norm = nn.RMSNorm(dim, eps=1e-6)
 
     @property
@@ -111,6 +114,7 @@ class TitansGate(_Wired):
         window: tokens that attention sees; persistent: learned tokens it sees besides.
         chunk: tokens per write of the memory; conv_size: window of the memory's convolution.
         rope_theta: base of the rotation frequencies.
+        expansion: hidden width of the memory in units of the head size.
 
     Shapes: ``forward(x (B, T, D), state=None, mask=None (B, T)) -> (y (B, T, D), state)``.
 

@@ -55,6 +55,7 @@ class TitansContext(RecurrentMixer):
         persistent: learned tokens that every query sees.
         conv_size: window of the causal convolution in front.
         rope_theta: base of the rotation frequencies (positions count within the segment).
+        expansion: hidden width of the memory in units of the head size.
 
     Shapes: ``forward(x (B, T, D), state=None, mask=None (B, T)) -> (y (B, T, D), state)``.
 
@@ -77,6 +78,7 @@ class TitansContext(RecurrentMixer):
         persistent: int = PERSISTENT,
         conv_size: int = 4,
         rope_theta: float = 10_000.0,
+        expansion: float = 2.0,
     ):
         super().__init__()
         check_heads(dim, heads)
@@ -91,7 +93,9 @@ class TitansContext(RecurrentMixer):
         self.persistent = nn.Parameter(torch.empty(persistent, dim))
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.attention_out = nn.Linear(dim, dim, bias=False)
-        self.memory = NeuralMemory(dim, heads, "titans", chunk=chunk, conv_size=1)
+        self.memory = NeuralMemory(
+            dim, heads, "titans", chunk=chunk, conv_size=1, expansion=expansion
+        )
         self.attention_norm = nn.RMSNorm(dim, eps=1e-6)
         self.memory_norm = nn.RMSNorm(dim, eps=1e-6)
         self.out_proj = nn.Linear(dim, dim, bias=False)

@@ -15,11 +15,13 @@ class System:
         label: its name in the paper.
         fields: what it sets in `HopeConfig`.
         attention: whether any of its layers attends to tokens.
+        narrow: where it would be larger than the others, its memories are as wide as a head.
     """
 
     label: str
     fields: dict[str, Any]
     attention: bool = False
+    narrow: bool = False
 
     def but(self, label: str | None = None, /, **fields: Any) -> System:
         """The same with other fields, and under another label if one is given.
@@ -52,8 +54,8 @@ SYSTEMS: dict[str, System] = {
     "dla": System("DLA", {"mixer": "dla"}),
     "atlas": System("Atlas", {"mixer": "atlas"}),
     "titans": System("Titans (LMM)", {"mixer": "titans"}),
-    "titans_mac": System("Titans (MAC)", {"mixer": "titans_mac"}, attention=True),
-    "titans_mag": System("Titans (MAG)", {"mixer": "titans_mag"}, attention=True),
+    "titans_mac": System("Titans (MAC)", {"mixer": "titans_mac"}, attention=True, narrow=True),
+    "titans_mag": System("Titans (MAG)", {"mixer": "titans_mag"}, attention=True, narrow=True),
     "titans_mal": System("Titans (MAL)", {"mixer": "titans_mal"}, attention=True),
     "lstm": System("LSTM", {"mixer": "lstm"}),
     "srwm": System("SRWM", {"mixer": "srwm"}),
@@ -99,6 +101,10 @@ def check_system(name: str) -> System:
 def build(name: str | System, size: Size, vocab_size: int, length: int, **fields: Any) -> Any:
     """A model with random weights; all systems of one size have equally many parameters.
 
+    Layers that take turns (Samba) are at least one of each, also where the others have fewer. Two
+    of Titans' wirings have two mixers in a block, which is more than the whole block of a small
+    Transformer: there their memories are as wide as a head, at other sizes twice as wide.
+
     Args:
         name: of the system, or one that is not in `SYSTEMS`.
         size: what it shares with the others.
@@ -114,6 +120,7 @@ def build(name: str | System, size: Size, vocab_size: int, length: int, **fields
         [12896, 12932]
     """
     from nestlearn.models.hope import HopeConfig, HopeForCausalLM
+    from nestlearn.nn.mixers import least_layers
 
     system = name if isinstance(name, System) else check_system(name)
     parameters = size.parameters
@@ -121,13 +128,20 @@ def build(name: str | System, size: Size, vocab_size: int, length: int, **fields
         # Attention has four square matrices, an MLP of fourfold width eight; and two norms.
         blocks = size.layers * (12 * size.width**2 + 2 * size.width)
         parameters = vocab_size * size.width + blocks
-    config = HopeConfig.with_parameters(
-        parameters,
-        vocab_size=vocab_size,
-        hidden_size=size.width,
-        num_hidden_layers=size.layers,
-        num_attention_heads=size.heads,
-        max_position_embeddings=length,
-        **{**fields, **system.fields},
-    )
+    fields = {**fields, **system.fields}
+    fields = {
+        "vocab_size": vocab_size,
+        "hidden_size": size.width,
+        "num_hidden_layers": max(size.layers, least_layers(fields.get("mixer", HopeConfig.mixer))),
+        "num_attention_heads": size.heads,
+        "max_position_embeddings": length,
+        **fields,
+    }
+    try:
+        config = HopeConfig.with_parameters(parameters, **fields)
+    except ValueError:
+        if not system.narrow:
+            raise
+        fields["memory_width"] = size.width // size.heads
+        config = HopeConfig.with_parameters(parameters, **fields)
     return HopeForCausalLM(config)

@@ -11,11 +11,13 @@ from transformers import PreTrainedConfig
 
 from nestlearn.memory.structures import ACTIVATIONS
 from nestlearn.nn.mixers import (
+    DEEP_MEMORIES,
     DELTA_RULE,
     WINDOWED,
     build_mixer,
     default_chunk,
     layer_mixers,
+    least_layers,
 )
 
 
@@ -83,7 +85,6 @@ _YES_NO = (
 # Fields that only the self-modifying mixer reads.
 _SELF_MODIFYING = (
     "memory_depth",
-    "memory_width",
     "memory_objective",
     "memory_readout",
     "memory_rule",
@@ -103,6 +104,7 @@ _SELF_MODIFYING = (
 # Who reads the fields that are not for every mixer.
 _OWNERS = {
     **dict.fromkeys(_SELF_MODIFYING, ("self_modifying",)),
+    "memory_width": ("self_modifying", *DEEP_MEMORIES),
     "sliding_window": WINDOWED,
     "allow_neg_eigval": DELTA_RULE,
 }
@@ -119,7 +121,8 @@ class HopeConfig(PreTrainedConfig):
         mixer: ``"self_modifying"`` (Hope), ``"attention"`` (Hope-Attention), a baseline's name (see
             ``nestlearn.nn.mixers.MIXERS``), or a list of names that the layers take turns in;
             ``"samba"`` is ``["mamba2", "attention"]`` with a window.
-        memory_depth, memory_width: layers of each memory; hidden width per head (None: head size).
+        memory_depth: layers of each memory. memory_width: hidden width of a deep memory, per head;
+            None: what is usual for the mixer (Hope the head size, Titans twice, TTT four times it).
         memory_chunk: tokens between two writes of the memory; None: what is usual for the mixer
             (64, for TTT 16). projection_chunk: the same for the memories that generate keys,
             values, eta and alpha (SPEC §5). 1 is the exact recurrence.
@@ -345,6 +348,13 @@ class HopeConfig(PreTrainedConfig):
         acts = (*ACTIVATIONS, "gelu_pytorch_tanh")
         act = self.hidden_act
         _require(act in acts, "hidden_act", act, f"one of {', '.join(acts)}")
+        least = least_layers(self.mixer)
+        _require(
+            self.num_hidden_layers >= least,
+            "num_hidden_layers",
+            self.num_hidden_layers,
+            f"at least {least} with mixer {self.mixer!r}, whose layers take turns",
+        )
         self._check_ownership()
         heads = self.num_attention_heads
         _require(
