@@ -14,7 +14,8 @@ from nestlearn.train.tokenizers import ByteTokenizer
 from tests.adaptation.conftest import tiny_model
 
 pytest.importorskip("lm_eval", reason="pip install 'nestlearn[eval]'")
-from nestlearn.evals.lm.backend import Backend, context_length  # noqa: E402
+from nestlearn.evals.lm.backend import Backend  # noqa: E402
+from nestlearn.evals.reading import context_length  # noqa: E402
 
 PAIRS = [
     ("the cat sat on", " the mat"),

@@ -1,10 +1,11 @@
-"""``nestlearn eval``: any model on standard language-model tasks, through lm-eval."""
+"""``nestlearn eval``: any model on standard tasks, through lm-eval, and on texts of any length."""
 
 from __future__ import annotations
 
 import os
 import re
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,11 +17,13 @@ from nestlearn.cli.pretrained import Dtype
 
 @dataclass
 class Eval:
-    """Measure a model on standard tasks: language modelling, common sense, in-context recall.
+    """Measure a model on standard tasks: language modelling, common sense, recall, long texts.
 
     Every request starts from the model's initial state. Prompts and metrics are lm-eval's; data
-    sets come from local files where there are any, else from the Hugging Face hub. Results are kept
-    per task: a run that was cut off goes on with the tasks that are missing.
+    sets come from local files where there are any, else from the Hugging Face hub. Tasks at a
+    length (niah_single_1@4k, babilong_qa1@64k, qasper@8k, context@16k) are ours: needles, BABILong,
+    documents, perplexity by position. Results are kept per task: a run that was cut off goes on
+    with the tasks that are missing.
     """
 
     model: Annotated[str, tyro.conf.Positional]
@@ -28,11 +31,15 @@ class Eval:
     memory: Path | None = None
     """A memory file of this model: what it was taught takes part (the file is only read)."""
     tasks: tuple[str, ...] = ("table2",)
-    """Tasks of lm-eval; table2, table3: the paper's; squad: recall on local data."""
+    """Tasks of lm-eval; table2, table3: the paper's; squad: recall on local data; NAME@TOKENS: a
+    task at a length."""
     limit: int | None = None
     """Examples of a task (default: all)."""
     shots: int | None = None
     """Examples in the prompt (default: the task's own number)."""
+    text: Path | None = None
+    """Folder of .txt files in which tasks at a length hide what they ask (default: the novels of
+    the data sets)."""
     source: Literal["auto", "local", "hub"] = "auto"
     """Where data sets are taken from; auto: local files where there are any."""
     data: Path | None = None
@@ -56,10 +63,7 @@ class Eval:
         """Measure and print; returns the exit status."""
         from nestlearn.adaptation import adapt_to, adaptation_of
         from nestlearn.evals.harness.results import Results
-        from nestlearn.evals.lm.measure import check_installed, measure_tasks
-        from nestlearn.evals.lm.tasks import expand, where
 
-        check_installed()
         for name in ("limit", "batch_tokens", "max_length"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -69,9 +73,7 @@ class Eval:
                 raise ValueError(f"--data: no folder {self.data}")
             os.environ["NESTLEARN_DATA"] = str(self.data.resolve())
         memory = self._memory()
-        names = expand(self.tasks)
-        for name in names:
-            where(name, self.source)  # data that is missing: before the model is loaded
+        names = self._checked()  # what is missing: before the model is loaded
         results = Results(
             self._path(), f"How well does {self.model} do on standard tasks?", self._settings(),
             fresh=self.fresh,
@@ -81,16 +83,62 @@ class Eval:
             model, tokenizer = load_any(self.model, self.dtype, self.device)
             if memory is not None:
                 adaptation_of(adapt_to(model, memory)).show(memory)
-            measured = measure_tasks(
-                model, tokenizer, due, source=self.source, limit=self.limit, shots=self.shots,
-                max_length=self.max_length, overflow=self.overflow, batch_tokens=self.batch_tokens,
-            )  # fmt: skip
-            for task, row in measured:
+            for task, row in self._measured(model, tokenizer, due):
                 results.add(task, row)
                 print(f"{task}: {_said(row)}", file=sys.stderr, flush=True)
         self._show(results)
         print(f"written: {results.path}")
         return 0
+
+    def _checked(self) -> list[str]:
+        """Names of all tasks; those of lm-eval need it, all need their data."""
+        from nestlearn.evals.by_length import check_data, parse
+
+        if self.text is not None and not self.text.is_dir():
+            raise ValueError(f"--text: no folder {self.text}")
+        names = []
+        for given in self.tasks:
+            sized = parse(given)
+            if sized is not None:
+                check_data(sized, self.text)
+                names.append(str(sized))
+                continue
+            from nestlearn.evals.lm.measure import check_installed
+            from nestlearn.evals.lm.tasks import expand, where
+
+            check_installed()
+            for name in expand((given,)):
+                where(name, self.source)
+                names.append(name)
+        return [*dict.fromkeys(names)]
+
+    def _measured(
+        self, model: Any, tokenizer: Any, names: list[str]
+    ) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Rows, as soon as they are there: of lm-eval's tasks first."""
+        from nestlearn.evals.by_length import measure, parse
+
+        own = [(name, sized) for name in names if (sized := parse(name)) is not None]
+        shared: dict[str, Any] = {
+            "limit": self.limit, "shots": self.shots, "overflow": self.overflow,
+            "batch_tokens": self.batch_tokens,
+        }  # fmt: skip
+        theirs = [name for name in names if name not in dict(own)]
+        if theirs:
+            from nestlearn.evals.lm.measure import measure_tasks
+
+            yield from measure_tasks(
+                model, tokenizer, theirs, source=self.source, max_length=self.max_length, **shared
+            )
+        if own:
+            from nestlearn.evals.reading import context_length
+
+            length = self.max_length or context_length(model)
+            for name, sized in own:
+                yield name, measure(
+                    model, tokenizer, sized, text=self.text, max_length=length,
+                    notify=lambda line: print(line, file=sys.stderr, flush=True), **shared,
+                )  # fmt: skip
 
     def _memory(self) -> Any:
         """The memory, checked before anything else takes time."""
@@ -104,18 +152,22 @@ class Eval:
 
     def _settings(self) -> dict[str, Any]:
         import hashlib
-        from importlib.metadata import version
+        from importlib.metadata import PackageNotFoundError, version
 
         from nestlearn.evals.lm.tasks import STATE_POLICY
 
-        own = {}
+        try:
+            lm_eval = version("lm_eval")
+        except PackageNotFoundError:
+            lm_eval = None
+        own = {} if self.text is None else {"text": str(self.text)}
         if self.memory is not None:
             content = hashlib.sha256(self.memory.read_bytes()).hexdigest()[:16]
-            own = {"memory": f"{self.memory.name} ({content})"}
+            own["memory"] = f"{self.memory.name} ({content})"
         return own | {
             "model": self.model, "limit": self.limit, "shots": self.shots, "dtype": self.dtype,
             "source": self.source, "max_length": self.max_length, "overflow": self.overflow,
-            "state": STATE_POLICY, "lm_eval": version("lm_eval"),
+            "state": STATE_POLICY, "lm_eval": lm_eval,
         }  # fmt: skip
 
     def _path(self) -> Path:
@@ -129,10 +181,9 @@ class Eval:
 
         rows = []
         for row in results.record["rows"]:
-            metric, value = main_metric(row)
-            error = row["errors"].get(metric)
+            metric, value, error = main_metric(row)
             rest = ", ".join(f"{k} {v:.4g}" for k, v in row["metrics"].items() if k != metric)
-            rows.append((row["task"], metric, round(value, 2), error and round(100 * error, 2),
+            rows.append((row["task"], metric, round(value, 2), error and round(error, 2),
                          rest, row["examples"], row["source"]))  # fmt: skip
         columns = ("task", "metric", "value", "± s.e.", "other metrics", "examples", "data")
         table(f"{self.model} (state: {self._settings()['state']})", columns, rows)
@@ -144,7 +195,7 @@ class Eval:
 def _said(row: dict[str, Any]) -> str:
     from nestlearn.evals.lm.measure import main_metric
 
-    metric, value = main_metric(row)
+    metric, value, _ = main_metric(row)
     return f"{metric} {value:.2f} ({row['examples']} examples, {row['seconds']:.0f} s)"
 
 

@@ -24,10 +24,9 @@ import torch
 from nestlearn.evals.harness.data import data_path
 from nestlearn.evals.harness.task import IGNORE, TRAIN, VALIDATION, Batch, Task
 from nestlearn.evals.haystack import Haystack, encode, insert, training_texts
+from nestlearn.evals.reading import PIECE, read
 from nestlearn.train.tokenizers import train_bpe
 
-PIECE = 4096
-"""Tokens of a stream that are read at once; a multiple of every segment."""
 SHORT = 64
 """About how many tokens a story has that nothing surrounds."""
 FOUND = 8
@@ -108,6 +107,42 @@ class Sample:
     answer: int
 
 
+def scattered(
+    tokenizer: Any,
+    background: Haystack,
+    story: Story,
+    length: int,
+    rng: np.random.Generator,
+    around: np.ndarray | None = None,
+    share: float = 1.0,
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """A story in a text of ``length`` tokens, up to where the answer begins.
+
+    Args:
+        tokenizer: any. background: the haystack.
+        length: in tokens; 0: no text but the story.
+        around: sentences of the haystack; one of them is in a ``share`` of the texts.
+
+    Returns:
+        Tokens, and where sentences begin (the last is the question); None: it does not fit.
+    """
+    texts = [*(f" {f}" for f in story.facts), f"\nQuestion: {story.question}\nAnswer:"]
+    *facts, question = encode(tokenizer, texts)
+    rest = length - len(question) - sum(map(len, facts)) if length else 0
+    if rest < 0:
+        return None
+    if around is not None and rng.random() >= share:
+        around = None
+    tokens, places = background.window(rest, rng, around)
+    chosen = sorted(int(p) for p in rng.choice(places, len(facts)))
+    pieces = [*insert(tokens, chosen, facts), np.asarray(question, dtype=np.int32)]
+    # Every old sentence moves on by the facts that are now before it.
+    sizes = np.cumsum([0, *map(len, facts)])
+    moved = places + sizes[np.searchsorted(chosen, places, side="right")]
+    ends = np.cumsum([0, *map(len, pieces)])
+    return np.concatenate(pieces), np.unique(np.concatenate([[0], moved, ends[1:-1]]))
+
+
 class Scatterer:
     """Puts stories into a haystack, in the tokens of one tokenizer.
 
@@ -143,21 +178,11 @@ class Scatterer:
     def scatter(self, story: Story, length: int, rng: np.random.Generator) -> Sample | None:
         """The story in a text of ``length`` tokens (0: without any other text); None: it does not
         fit."""
-        texts = [*(f" {f}" for f in story.facts), f"\nQuestion: {story.question}\nAnswer:"]
-        *facts, question = encode(self.tokenizer, texts)
-        rest = length - len(question) - sum(map(len, facts)) if length else 0
-        if rest < 0:
-            return None
-        around = self.alike if self.distractors and rng.random() < self.distractors else None
-        tokens, places = self.background.window(rest, rng, around)
-        chosen = sorted(int(p) for p in rng.choice(places, len(facts)))
-        pieces = [*insert(tokens, chosen, facts), np.asarray(question, dtype=np.int32)]
-        # Every old sentence moves on by the facts that are now before it.
-        sizes = np.cumsum([0, *map(len, facts)])
-        moved = places + sizes[np.searchsorted(chosen, places, side="right")]
-        ends = np.cumsum([0, *map(len, pieces)])
-        starts = np.unique(np.concatenate([[0], moved, ends[1:-1]]))
-        return Sample(np.concatenate(pieces), starts, self.answers[story.answer])
+        around = self.alike if self.distractors else None
+        made = scattered(
+            self.tokenizer, self.background, story, length, rng, around, self.distractors
+        )
+        return None if made is None else Sample(*made, self.answers[story.answer])
 
 
 class Scattered(Task):
@@ -261,12 +286,9 @@ def read_stream(model: Any, rows: Sequence[np.ndarray], piece: int = PIECE) -> t
         rows: token numbers.
         piece: tokens read at once.
     """
-    ids, state = np.stack(rows), None
-    for start in range(0, ids.shape[1], piece):
-        part = torch.from_numpy(ids[:, start : start + piece]).long().to(model.device)
-        out = model(input_ids=part, past_key_values=state, use_cache=True, logits_to_keep=1)
-        state = out.past_key_values
-    return out.logits[:, -1].argmax(-1).cpu()
+    out = read(model, torch.from_numpy(np.stack(rows)).long(), piece)
+    found: torch.Tensor = out.logits[:, -1].argmax(-1).cpu()
+    return found
 
 
 def search(sample: Sample, top: int = FOUND, k1: float = 1.5, b: float = 0.75) -> np.ndarray:

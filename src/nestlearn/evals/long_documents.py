@@ -139,24 +139,28 @@ def load_needles(tokenizer: Any, tokens: int, count: int, seed: int) -> list[Doc
     return found
 
 
-def _first_of(*places: tuple[str, ...]) -> Path:
-    """The first of the files that is there."""
-    there = [p for p in places if data_root().joinpath(*p).exists()]
-    return data_path(*(there or places)[0])
-
-
-def _qasper() -> list[Document]:
-    own, leval = ("qasper", "qasper-test-v0.3.json"), ("leval_longdoc", "scientific_qa.jsonl.gz")
-    path = _first_of(own, leval)
-    return load_qasper(path) if path.suffix == ".json" else load_leval(path)
-
-
-FILES: dict[str, Callable[[], list[Document]]] = {
-    "qasper": _qasper,
-    "quality": lambda: load_leval(data_path("leval_longdoc", "quality.jsonl.gz")),
-    "longhealth": lambda: load_longhealth(data_path("longhealth", "benchmark_v5.json")),
+FILES: dict[str, dict[str, Callable[[Path], list[Document]]]] = {
+    "qasper": {
+        "qasper/qasper-test-v0.3.json": load_qasper,
+        "leval_longdoc/scientific_qa.jsonl.gz": load_leval,
+    },
+    "quality": {"leval_longdoc/quality.jsonl.gz": load_leval},
+    "longhealth": {"longhealth/benchmark_v5.json": load_longhealth},
 }
-"""Tasks that come from files."""
+"""Tasks that come from files: the first that is there, and how it is read."""
+
+
+def path_of(task: str) -> tuple[Path, Callable[[Path], list[Document]]]:
+    """The file of a task, and how it is read.
+
+    Raises:
+        ValueError: there is none.
+    """
+    files = FILES[task]
+    name = next((n for n in files if (data_root() / n).exists()), next(iter(files)))
+    return data_path(name), files[name]
+
+
 TASKS = ("mk_niah", *FILES)
 
 
@@ -170,7 +174,8 @@ def load(task: str, tokenizer: Any, tokens: int, count: int, seed: int) -> list[
         return load_needles(tokenizer, tokens, count, seed)
     if task not in FILES:
         raise ValueError(f"unknown task {task!r}; choose one of {', '.join(TASKS)}")
-    found = [d for d in FILES[task]() if d.questions]
+    path, read = path_of(task)
+    found = [d for d in read(path) if d.questions]
     order = np.random.default_rng(seed).permutation(len(found))[:count]
     return [_cut(found[int(i)], tokenizer, tokens) for i in order]
 
@@ -224,7 +229,7 @@ def _letter(model: Any, tokenizer: Any, prompt: str, letters: str) -> str:
     first = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     row = first + tokenizer(prompt, add_special_tokens=False).input_ids
     ids = torch.tensor([row], device=model.device)
-    logits = model(input_ids=ids, use_cache=False).logits[0, -1]
+    logits = model(input_ids=ids, use_cache=False, logits_to_keep=1).logits[0, -1]
     firsts = [ids[0] for ids in encode(tokenizer, [f"({name}" for name in letters])]
     if len(set(firsts)) < len(letters):  # the bracket is a token of its own
         firsts = [ids[-1] for ids in encode(tokenizer, [f"({name}" for name in letters])]

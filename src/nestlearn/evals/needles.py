@@ -29,6 +29,7 @@ import numpy as np
 import torch
 
 from nestlearn.evals.haystack import Haystack, begin, encode, insert
+from nestlearn.evals.reading import PIECE, read
 
 _ADJECTIVES = (
     "able amber brave brisk calm clever cold curly deep dusty eager early faint fierce gentle "
@@ -213,12 +214,15 @@ def contained(text: str, answers: Sequence[str]) -> float:
 
 @torch.no_grad()
 def answer(model: Any, tokenizer: Any, prompts: Sequence[np.ndarray], new_tokens: int) -> list[str]:
-    """What a model writes after prompts of one length, most likely token by token."""
+    """What a model writes after prompts of one length, most likely token by token. Long prompts are
+    read in pieces."""
     ids = torch.from_numpy(np.stack(prompts)).long().to(model.device)
     end = tokenizer.eos_token_id
+    before = read(model, ids[:, :-1]).past_key_values if ids.shape[1] > PIECE else None
     out = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
+        past_key_values=before,
         max_new_tokens=new_tokens,
         do_sample=False,
         eos_token_id=end,

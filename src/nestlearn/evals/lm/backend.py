@@ -17,6 +17,8 @@ from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 
+from nestlearn.evals.reading import context_length
+
 _GENERATED = 256  # tokens, where a task does not say how many
 
 
@@ -305,25 +307,3 @@ def _before(text: str, stops: Sequence[str]) -> str:
     for stop in stops:
         text = text.split(stop)[0] if stop else text
     return text
-
-
-def context_length(model: Any) -> int | None:
-    """Tokens a model can see; None for models that keep a state of constant size instead.
-
-    Example:
-        >>> from nestlearn import HopeConfig, HopeForCausalLM
-        >>> [context_length(HopeForCausalLM(HopeConfig.preset("tiny", mixer=mixer)))
-        ...  for mixer in ("self_modifying", "attention")]
-        [None, 1024]
-    """
-    config = model.config
-    if config.model_type == "hope" and config.mixer != "attention":
-        return None
-    for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
-        value = getattr(config, name, None)
-        if isinstance(value, int):
-            return value
-    raise ValueError(
-        f"the configuration of this {config.model_type} model does not say how long a context "
-        "may be: set --max-length"
-    )

@@ -116,8 +116,9 @@ def _row(found: Any, task: str) -> dict[str, Any]:
             "version": str(found["versions"].get(task))}  # fmt: skip
 
 
-def main_metric(row: dict[str, Any]) -> tuple[str, float]:
-    """Name and value of the metric that tables show; shares in percent."""
+def main_metric(row: dict[str, Any]) -> tuple[str, float, float | None]:
+    """Name, value and standard error of the metric that tables show; shares in percent."""
     name = METRIC.get(row["task"]) or next(iter(row["metrics"]))
-    value = row["metrics"][name]
-    return name, 100 * value if name in (*_SHARES, "f1") else value
+    scale = 100 if name in (*_SHARES, "f1") else 1
+    error = row["errors"].get(name)
+    return name, scale * row["metrics"][name], None if error is None else scale * error
