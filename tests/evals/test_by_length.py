@@ -153,6 +153,8 @@ def test_documents_are_asked_with_what_fits(folder: Path) -> None:
     )  # fmt: skip
     # 32 are written, the question has 28 and room for a beginning.
     assert len(reader.prompts[-1]) == 110 - 32 - 1 and said and "cut from the left" in said[0]
+    measure(reader, ByteTokenizer(), parse("qasper@100"), max_length=50, overflow="cut")
+    assert reader.prompts[-1] == "Question: How many?\nAnswer:"  # no room for the document
     row = measure(tiny_model(), ByteTokenizer(), parse("quality@50"))
     assert row["examples"] == 2 and row["metrics"]["acc"] in (0.0, 0.5, 1.0)
 

@@ -19,7 +19,7 @@ import math
 import re
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -195,31 +195,17 @@ def _books(folder: Path | None) -> list[Path]:
         raise ValueError(f"{error}{cure}") from error
 
 
-def _haystack(tokenizer: Any, task: Sized, folder: Path | None) -> Haystack:
-    _books(folder)
-    return Haystack.books(tokenizer, folder, max(2_000_000, 8 * task.length))
-
-
-def _batches(rows: Sequence[Any], length: int, batch_tokens: int) -> Iterator[Sequence[Any]]:
-    size = max(1, batch_tokens // length)
-    for start in range(0, len(rows), size):
-        yield rows[start : start + size]
-
-
 def _needles(
     model: Any, tokenizer: Any, task: Sized, count: int, text: Path | None, room: _Room,
     batch_tokens: int, seed: int,
 ) -> list[float]:  # fmt: skip
-    hay = _haystack(tokenizer, task, text) if needles.TASKS[task.name].text else None
-    made, rng = needles.Generator(tokenizer, hay), np.random.default_rng(seed)
+    if needles.TASKS[task.name].text:
+        _books(text)
     kept = room.keep(task.length)
-    examples = [made.draw(task.name, task.length, rng) for _ in range(count)]
-    scores = []
-    for part in _batches(examples, kept, batch_tokens):
-        prompts = [e.prompt[-kept:] for e in part]
-        written = needles.answer(model, tokenizer, prompts, NUMBERS[task.name])
-        scores += [needles.contained(w, e.answers) for w, e in zip(written, part, strict=True)]
-    return scores
+    return needles.scores(
+        model, tokenizer, task.name, task.length, count, seed, text=text,
+        batch=max(1, batch_tokens // kept), new_tokens=NUMBERS[task.name], keep=kept,
+    )  # fmt: skip
 
 
 # -- BABILong -------------------------------------------------------------------------------------
@@ -261,7 +247,9 @@ def _babilong(
     pool = [s for s in stories if s not in shown]
     intro = _INTRODUCTION + "".join(map(_solved, shown))
     head = np.asarray(begin(tokenizer) + encode(tokenizer, [intro])[0], dtype=np.int32)
-    hay, rng = _haystack(tokenizer, task, text), np.random.default_rng(seed)
+    _books(text)
+    hay = Haystack.books(tokenizer, text, max(2_000_000, 8 * task.length))
+    rng = np.random.default_rng(seed)
     kept, asked = room.keep(task.length), []
     for _ in range(100 * count):
         story = pool[int(rng.integers(len(pool)))]
@@ -277,7 +265,9 @@ def _babilong(
             f"{len(shown)} solved ones; choose a larger length, or fewer --shots"
         )
     scores = []
-    for part in _batches(asked, kept, batch_tokens):
+    batch = max(1, batch_tokens // kept)
+    for start in range(0, count, batch):
+        part = asked[start : start + batch]
         prompts = [prompt for prompt, _ in part]
         written = needles.answer(model, tokenizer, prompts, NUMBERS[task.name])
         scores += [
@@ -298,8 +288,9 @@ def _documents(
     for document, question in asked:
         ids = tokenizer(document.text, add_special_tokens=False).input_ids
         own = len(tokenizer(question.prompt, add_special_tokens=False).input_ids) + 1
-        kept = room.keep(len(ids) + own) - own
-        context = document.text if kept >= len(ids) else tokenizer.decode(ids[-kept:])
+        kept = max(0, room.keep(len(ids) + own) - own)
+        whole = kept >= len(ids)
+        context = document.text if whole else tokenizer.decode(ids[len(ids) - kept :])
         scores.append(long_documents.score(model, tokenizer, question, context, new))
     return ("f1" if asked[0][1].metric == "f1" else "acc"), scores
 

@@ -20,6 +20,7 @@ for: the haystack begins in the middle of a sentence.
 from __future__ import annotations
 
 import dataclasses
+import statistics
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
@@ -246,6 +247,33 @@ def evaluate(
 ) -> float:
     """Share of answers found, over ``count`` prompts of ``length`` tokens (RULER's score / 100).
 
+    Arguments and errors as of `scores`.
+
+    Example:
+        >>> evaluate(model, tokenizer, "niah_single_1", 400, count=1, new_tokens=4)
+        0.0
+    """
+    return statistics.fmean(
+        scores(model, tokenizer, task, length, count, seed, text=text, batch=batch,
+               new_tokens=new_tokens)
+    )  # fmt: skip
+
+
+def scores(
+    model: Any,
+    tokenizer: Any,
+    task: str,
+    length: int,
+    count: int = 100,
+    seed: int = 0,
+    *,
+    text: Haystack | str | Path | None = None,
+    batch: int = 1,
+    new_tokens: int = 128,
+    keep: int | None = None,
+) -> list[float]:
+    """Share of answers found, of every prompt.
+
     Args:
         model: any causal language model with ``generate``, in evaluation mode.
         tokenizer: the model's.
@@ -255,13 +283,10 @@ def evaluate(
         text: haystack of the tasks in real text: a `Haystack`, a folder, or None for the novels of
             the data sets.
         batch: prompts at a time.
+        keep: the model sees that many of the last tokens; None: all.
 
     Raises:
         ValueError: no such task, or prompts too short for it; values below 1.
-
-    Example:
-        >>> evaluate(model, tokenizer, "niah_single_1", 400, count=1, new_tokens=4)
-        0.0
     """
     for name, given in (("count", count), ("batch", batch), ("new_tokens", new_tokens)):
         if given < 1:
@@ -271,9 +296,10 @@ def evaluate(
     generator = Generator(tokenizer, text if isinstance(text, Haystack) else None)
     rng = np.random.default_rng(seed)
     examples = [generator.draw(task, length, rng) for _ in range(count)]
-    total = 0.0
+    found = []
     for start in range(0, count, batch):
         part = examples[start : start + batch]
-        written = answer(model, tokenizer, [e.prompt for e in part], new_tokens)
-        total += sum(contained(w, e.answers) for w, e in zip(written, part, strict=True))
-    return total / count
+        prompts = [e.prompt[-(keep or length) :] for e in part]
+        written = answer(model, tokenizer, prompts, new_tokens)
+        found += [contained(w, e.answers) for w, e in zip(written, part, strict=True)]
+    return found

@@ -43,7 +43,7 @@ def context_length(model: Any) -> int | None:
         ...  for mixer in ("self_modifying", "attention")]
         [None, 1024]
     """
-    config = model.config
+    config = model.config.get_text_config()
     if config.model_type == "hope":
         sees_all = "attention" in config.layer_mixers and config.sliding_window is None
         return config.max_position_embeddings if sees_all else None
