@@ -240,23 +240,17 @@ def evaluate(
     length: int,
     count: int = 100,
     seed: int = 0,
-    *,
-    text: Haystack | str | Path | None = None,
-    batch: int = 1,
-    new_tokens: int = 128,
+    **settings: Any,
 ) -> float:
     """Share of answers found, over ``count`` prompts of ``length`` tokens (RULER's score / 100).
 
-    Arguments and errors as of `scores`.
+    Arguments and errors are those of `scores`.
 
     Example:
         >>> evaluate(model, tokenizer, "niah_single_1", 400, count=1, new_tokens=4)
         0.0
     """
-    return statistics.fmean(
-        scores(model, tokenizer, task, length, count, seed, text=text, batch=batch,
-               new_tokens=new_tokens)
-    )  # fmt: skip
+    return statistics.fmean(scores(model, tokenizer, task, length, count, seed, **settings))
 
 
 def scores(
