@@ -10,12 +10,12 @@ from nestlearn.evals.harness.trained import Trained
 from nestlearn.evals.registry import experiment
 
 
-def sizes(item: Trained, task: str, plan_of: str) -> dict[str, int]:
+def sizes(item: Trained, task: str) -> dict[str, int]:
     """Parameters of all systems, built without memory for them."""
     found = {}
     for name in item.compared:
         with torch.device("meta"):
-            model = item.model(name, item.tasks()[task], item.plan_of(plan_of))
+            model = item.model(name, item.tasks()[task], item.plan_of(task))
         found[name] = sum({id(p): p.numel() for p in model.parameters()}.values())
     return found
 
@@ -27,7 +27,7 @@ def test_every_system_can_be_built_at_one_size(name, scale):
     assert isinstance(item, Trained)
     # The narrowest model leaves least room for a mixer; mqar has several widths.
     task = next(iter(item.tasks()))
-    found = sizes(item, task, task)
+    found = sizes(item, task)
     assert set(found) >= set(SYSTEMS)
     assert max(found.values()) < 1.025 * min(found.values())
 
@@ -37,7 +37,7 @@ def test_and_where_texts_are_read(name, shared_data, monkeypatch):
     monkeypatch.setenv("NESTLEARN_DATA", str(shared_data))
     item = experiment(name, "tiny")
     task = next(iter(item.tasks()))
-    found = sizes(item, task, task)
+    found = sizes(item, task)
     found.pop("armt", None)  # has its memory on top: docs/reproduce.md
     assert set(found) >= set(SYSTEMS)
     assert max(found.values()) < 1.025 * min(found.values())

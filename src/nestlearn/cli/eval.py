@@ -118,12 +118,12 @@ class Eval:
         """Rows, as soon as they are there: of lm-eval's tasks first."""
         from nestlearn.evals.by_length import measure, parse
 
-        own = [(name, sized) for name in names if (sized := parse(name)) is not None]
+        own = {name: sized for name in names if (sized := parse(name)) is not None}
         shared: dict[str, Any] = {
             "limit": self.limit, "shots": self.shots, "overflow": self.overflow,
             "batch_tokens": self.batch_tokens,
         }  # fmt: skip
-        theirs = [name for name in names if name not in dict(own)]
+        theirs = [name for name in names if name not in own]
         if theirs:
             from nestlearn.evals.lm.measure import measure_tasks
 
@@ -134,7 +134,7 @@ class Eval:
             from nestlearn.evals.reading import context_length
 
             length = self.max_length or context_length(model)
-            for name, sized in own:
+            for name, sized in own.items():
                 yield name, measure(
                     model, tokenizer, sized, text=self.text, max_length=length,
                     notify=lambda line: print(line, file=sys.stderr, flush=True), **shared,

@@ -178,9 +178,8 @@ class Scatterer:
     def scatter(self, story: Story, length: int, rng: np.random.Generator) -> Sample | None:
         """The story in a text of ``length`` tokens (0: without any other text); None: it does not
         fit."""
-        around = self.alike if self.distractors else None
         made = scattered(
-            self.tokenizer, self.background, story, length, rng, around, self.distractors
+            self.tokenizer, self.background, story, length, rng, self.alike, self.distractors
         )
         return None if made is None else Sample(*made, self.answers[story.answer])
 

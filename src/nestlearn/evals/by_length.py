@@ -29,8 +29,7 @@ import torch
 
 from nestlearn.evals import babilong, long_documents, needles
 from nestlearn.evals.context_use import edges, losses_by_position
-from nestlearn.evals.harness.data import data_path
-from nestlearn.evals.haystack import TEST_BOOKS, Haystack, begin, encode, read_text, texts_in
+from nestlearn.evals.haystack import Haystack, begin, books_in, encode, read_text
 
 BABILONG = tuple(f"qa{n}" for n in range(1, 6))
 NAMES = (
@@ -189,7 +188,7 @@ class _Room:
 
 def _books(folder: Path | None) -> list[Path]:
     try:
-        return texts_in(data_path("english_novels") if folder is None else folder)
+        return books_in(folder)
     except ValueError as error:
         cure = "" if folder is not None else "; or name a folder of .txt files with --text"
         raise ValueError(f"{error}{cure}") from error
@@ -264,16 +263,9 @@ def _babilong(
             f"{task}: hardly any story fits beside {len(head)} tokens of introduction and "
             f"{len(shown)} solved ones; choose a larger length, or fewer --shots"
         )
-    scores = []
-    batch = max(1, batch_tokens // kept)
-    for start in range(0, count, batch):
-        part = asked[start : start + batch]
-        prompts = [prompt for prompt, _ in part]
-        written = needles.answer(model, tokenizer, prompts, NUMBERS[task.name])
-        scores += [
-            float(only(w, right, answers)) for w, (_, right) in zip(written, part, strict=True)
-        ]
-    return scores
+    prompts, batch = [prompt for prompt, _ in asked], max(1, batch_tokens // kept)
+    written = needles.answer(model, tokenizer, prompts, NUMBERS[task.name], batch)
+    return [float(only(w, right, answers)) for w, (_, right) in zip(written, asked, strict=True)]
 
 
 # -- documents and context ------------------------------------------------------------------------
@@ -300,7 +292,7 @@ def _context(
 ) -> dict[str, Any]:
     room.keep(task.length)
     rows = _stretches(tokenizer, task.length, count, text)
-    losses = torch.cat([losses_by_position(model, row[None].to(model.device)) for row in rows])
+    losses = torch.cat([losses_by_position(model, row.to(model.device)) for row in rows.split(1)])
     means, limits = losses.double().mean(0), edges(task.length - 1)
     last = [float(row[limits[-2] :].mean()) for row in losses]
     spans = {f"{a}-{b}": math.exp(float(means[a:b].mean())) for a, b in pairwise(limits)}
@@ -315,9 +307,6 @@ def _context(
 def _stretches(tokenizer: Any, length: int, count: int, folder: Path | None) -> torch.Tensor:
     """Stretches of texts, ``(count, length)``: the first of every text, then the second, ..."""
     paths = _books(folder)
-    if folder is None:
-        held = [p for p in paths if p.name.split(".")[0] in TEST_BOOKS]
-        paths = held or paths
     first = begin(tokenizer)
     size = length - len(first)
     texts = [

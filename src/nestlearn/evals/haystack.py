@@ -111,12 +111,7 @@ class Haystack:
         Raises:
             ValueError: no such folder or split, or no text in it.
         """
-        paths = texts_in(data_path("english_novels") if folder is None else Path(folder))
-        if split not in ("train", "test", "all"):
-            raise ValueError(f"split must be 'train', 'test' or 'all', got {split!r}")
-        if folder is None and split != "all":
-            kept = [p for p in paths if (p.name.split(".")[0] in TEST_BOOKS) == (split == "test")]
-            paths = kept or paths
+        paths = books_in(folder, split)
         part = -(-characters // len(paths))
         texts = (read_text(path, part) for path in paths)
         return cls(tokenizer, (s for text in texts for s in sentences_of(text)))
@@ -190,6 +185,21 @@ def texts_in(folder: Path) -> list[Path]:
     paths = sorted(p for p in folder.rglob("*") if p.name.endswith((".txt", ".txt.gz")))
     if not paths:
         raise ValueError(f"no .txt or .txt.gz files in {folder}: name a folder that has some")
+    return paths
+
+
+def books_in(folder: str | Path | None = None, split: str = "test") -> list[Path]:
+    """Text files of a folder, or those of the novels that a split has.
+
+    Raises:
+        ValueError: no such folder or split, or no text in it.
+    """
+    paths = texts_in(data_path("english_novels") if folder is None else Path(folder))
+    if split not in ("train", "test", "all"):
+        raise ValueError(f"split must be 'train', 'test' or 'all', got {split!r}")
+    if folder is None and split != "all":
+        kept = [p for p in paths if (p.name.split(".")[0] in TEST_BOOKS) == (split == "test")]
+        paths = kept or paths
     return paths
 
 

@@ -214,22 +214,26 @@ def contained(text: str, answers: Sequence[str]) -> float:
 
 
 @torch.no_grad()
-def answer(model: Any, tokenizer: Any, prompts: Sequence[np.ndarray], new_tokens: int) -> list[str]:
-    """What a model writes after prompts of one length, most likely token by token. Long prompts are
-    read in pieces."""
-    ids = torch.from_numpy(np.stack(prompts)).long().to(model.device)
-    end = tokenizer.eos_token_id
-    before = read(model, ids[:, :-1]).past_key_values if ids.shape[1] > PIECE else None
-    out = model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        past_key_values=before,
-        max_new_tokens=new_tokens,
-        do_sample=False,
-        eos_token_id=end,
-        pad_token_id=end if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
-    )
-    found: list[str] = tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
+def answer(
+    model: Any, tokenizer: Any, prompts: Sequence[np.ndarray], new_tokens: int, batch: int = 0
+) -> list[str]:
+    """What a model writes after prompts of one length, most likely token by token; ``batch`` of
+    them at a time (0: all). Long prompts are read in pieces."""
+    rows, end = torch.from_numpy(np.stack(prompts)).long(), tokenizer.eos_token_id
+    found: list[str] = []
+    for part in rows.split(batch or len(rows)):
+        ids = part.to(model.device)
+        before = read(model, ids[:, :-1]).past_key_values if ids.shape[1] > PIECE else None
+        out = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            past_key_values=before,
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            eos_token_id=end,
+            pad_token_id=end if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+        )
+        found += tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
     return found
 
 
@@ -290,10 +294,6 @@ def scores(
     generator = Generator(tokenizer, text if isinstance(text, Haystack) else None)
     rng = np.random.default_rng(seed)
     examples = [generator.draw(task, length, rng) for _ in range(count)]
-    found = []
-    for start in range(0, count, batch):
-        part = examples[start : start + batch]
-        prompts = [e.prompt[-(keep or length) :] for e in part]
-        written = answer(model, tokenizer, prompts, new_tokens)
-        found += [contained(w, e.answers) for w, e in zip(written, part, strict=True)]
-    return found
+    prompts = [e.prompt[-(keep or length) :] for e in examples]
+    written = answer(model, tokenizer, prompts, new_tokens, batch)
+    return [contained(w, e.answers) for w, e in zip(written, examples, strict=True)]
